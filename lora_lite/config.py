@@ -1,0 +1,157 @@
+"""Which method, with which hyperparameters, on which layers? Plain frozen data, exact through JSON; never c."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+
+ROLES = ("reader", "writer")
+T = TypeVar("T")
+
+
+def as_patterns(value: str | tuple[str, ...] | list[str], what: str) -> tuple[str, ...]:
+    """The regexes in `value`, each one compiled once so that a bad one fails here and says where it was given."""
+    patterns = (value,) if isinstance(value, str) else tuple(value)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{what} holds {pattern!r}, which is not a regular expression: {error}") from error
+    return patterns
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Where an adapter goes; each variant's config adds how. `LoRAConfig(r=16, layer_range=(0.2, 0.8))`.
+
+    targets      "all-linear" (every linear but the output embedding), or one regex, or several, searched in the full module name
+    exclude      regexes that win over `targets`
+    layer_range  (lo, hi) as fractions of the depth: block i of n is in when int(n*lo) <= i < int(n*hi)
+    layers       block indices instead of a range
+    roles        "reader" and/or "writer": by which side a linear touches the residual stream
+    dtype        of the adapter's tensors; float32 trains, lower precision loses small updates
+
+    Raises ValueError for what cannot be meant, when the config is made.
+    """
+
+    variant: ClassVar[str] = ""
+    targets: str | tuple[str, ...] = "all-linear"
+    exclude: tuple[str, ...] = ("vision_tower", "lm_head")
+    layer_range: tuple[float, float] = (0.0, 1.0)
+    layers: tuple[int, ...] | None = None
+    roles: tuple[str, ...] | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        for name in ("exclude", "layer_range", "layers", "roles"):  # JSON and users bring lists (or a lone string)
+            value = getattr(self, name)
+            if isinstance(value, str):
+                value = (value,)
+            object.__setattr__(self, name, tuple(value) if value is not None else None)
+        if not isinstance(self.targets, str):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        if not self.targets:
+            raise ValueError('targets is empty; give "all-linear" or regexes')
+        as_patterns(self.targets, "targets")
+        as_patterns(self.exclude, "exclude")
+        self._check_band()
+        if not isinstance(self.dtype, torch.dtype) or not self.dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating torch.dtype, got {self.dtype!r}")
+
+    def _check_band(self) -> None:
+        if len(self.layer_range) != 2 or not all(isinstance(v, int | float) for v in self.layer_range):
+            raise ValueError(f"layer_range must be two fractions (lo, hi), got {self.layer_range!r}")
+        lo, hi = self.layer_range
+        if not 0.0 <= lo < hi <= 1.0:
+            raise ValueError(f"layer_range must satisfy 0 <= lo < hi <= 1, got {self.layer_range!r}")
+        if self.layers is not None:
+            if self.layer_range != (0.0, 1.0):
+                raise ValueError(f"give layers={self.layers!r} or layer_range={self.layer_range!r}, not both")
+            bad = [i for i in self.layers if not isinstance(i, int) or isinstance(i, bool) or i < 0]
+            if bad or not self.layers:
+                raise ValueError(f"layers must be block indices from 0, got {self.layers!r}")
+        unknown = [r for r in self.roles or () if r not in ROLES]
+        if unknown or self.roles == ():
+            raise ValueError(f"roles {self.roles!r} are not among {ROLES}")
+
+    def at(self, target: str, d_in: int, d_out: int) -> Self:
+        """The config that holds at one layer; patterns and clamps are resolved here and nowhere else."""
+        return self
+
+    def patterns(self) -> dict[str, Mapping[str, Any]]:
+        """The per-layer tables by field name; `find_targets` refuses keys that match no target."""
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as JSON can hold it, with the variant's name first."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"variant": self.variant} | fields | {"dtype": str(self.dtype).removeprefix("torch.")}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises ValueError naming unknown fields, or a config of another variant."""
+        values = dict(values)
+        variant = values.pop("variant", cls.variant)
+        if variant != cls.variant:
+            raise ValueError(f"this is a config of variant {variant!r}, not {cls.variant!r}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{cls.__name__} has no fields {unknown}; it has {sorted(known)}")
+        if isinstance(values.get("dtype"), str):
+            values["dtype"] = getattr(torch, values["dtype"], values["dtype"])
+        return cls(**values)
+
+
+def match_pattern(table: Mapping[str, T], target: str, default: T) -> T:
+    """The first entry whose key matches the end of the module path, from a dot on (PEFT's rule): "q_proj", "layers\\.1\\..*"."""
+    return next((value for key, value in table.items() if re.match(rf"^(.*\.)?({key})$", target)), default)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedConfig(AdapterConfig):
+    """What the low-rank methods share: rank, alpha (the scale is alpha/r), their exceptions per layer, and dropout on the input.
+
+    rank_pattern and alpha_pattern map a regex on the end of a module path to that layer's own value; the first match
+    wins, as in PEFT. A rank without an alpha of its own changes the scale.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for what, r in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
+                raise ValueError(f"{what} must be a positive whole number, got {r!r}")
+        for what, alpha in {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}.items():
+            if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+                raise ValueError(f"{what} must be a finite number, got {alpha!r}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        as_patterns(tuple(self.rank_pattern), "rank_pattern")
+        as_patterns(tuple(self.alpha_pattern), "alpha_pattern")
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / self.r
+
+    def at(self, target: str, d_in: int, d_out: int) -> Self:
+        r = match_pattern(self.rank_pattern, target, self.r)
+        alpha = match_pattern(self.alpha_pattern, target, self.alpha)
+        return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def patterns(self) -> dict[str, Mapping[str, Any]]:
+        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}

@@ -1,0 +1,59 @@
+"""How is a low-rank weight update held, added, measured and compressed without ever forming d_out x d_in?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class LowRank(NamedTuple):
+    """The update B diag(g) A of a weight (d_out, d_in). `LowRank(A, B, alpha / r)`.
+
+    g is a float, or one number per rank: it carries alpha/r, a spectral step, a history's doses. A tuple, so that making
+    one per layer and call costs a microsecond's third.
+    """
+
+    A: Float[Tensor, "r d_in"]
+    B: Float[Tensor, "d_out r"]
+    g: float | Tensor = 1.0
+
+    @property
+    def r(self) -> int:
+        return self.A.shape[0]
+
+    def scaled(self, c: float | Tensor) -> LowRank:
+        """c times the update; A and B are shared, not copied."""
+        return LowRank(self.A, self.B, self.g * c)
+
+    def folded(self) -> LowRank:
+        """The same update with g inside B and 1.0 in its place, for algebra and export. Copies B."""
+        return LowRank(self.A, self.B * self.g, 1.0)
+
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        """The full update: d_out * d_in numbers, for tests and merging only."""
+        return (self.B * self.g) @ self.A
+
+    def svd(self) -> tuple[Float[Tensor, "d_out k"], Float[Tensor, " k"], Float[Tensor, "k d_in"]]:
+        """U, S, Vh of the update by a QR of each side and an SVD of the r x r middle; k = min(r, d_in, d_out)."""
+        Qb, Rb = torch.linalg.qr(self.B * self.g)
+        Qa, Ra = torch.linalg.qr(self.A.T)
+        U, S, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
+        return Qb @ U, S, Vh @ Qa.T
+
+    def truncated(self, r: int) -> LowRank:
+        """The best rank-r approximation (Eckart-Young), singular values split evenly between the sides."""
+        U, S, Vh = self.svd()
+        root = S[:r].sqrt()
+        return LowRank(root[:, None] * Vh[:r], U[:, :r] * root)
+
+
+def stack(updates: Sequence[LowRank]) -> LowRank:
+    """The sum of updates as one, exactly: ranks are concatenated, gains become one number per rank."""
+    if len(updates) == 1:
+        return updates[0]
+    gains = [torch.as_tensor(u.g, dtype=torch.float32 if not isinstance(u.g, Tensor) else None, device=u.A.device).expand(u.r) for u in updates]
+    return LowRank(torch.cat([u.A for u in updates]), torch.cat([u.B for u in updates], dim=1), torch.cat(gains))

@@ -1,0 +1,204 @@
+"""What must a method declare to become an adapter? The contract, and the registry of the methods that keep it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Generator, Tensor
+
+from lora_lite.config import AdapterConfig
+from lora_lite.lowrank import LowRank
+
+Initializer = Callable[[tuple[int, ...], Generator | None], Tensor]
+
+
+def zeros(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
+    return torch.zeros(shape)
+
+
+def ones(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
+    return torch.ones(shape)
+
+
+def kaiming(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
+    """Kaiming uniform with a = sqrt 5, as nn.Linear and LoRA's A: uniform within 1/sqrt(fan_in)."""
+    return torch.empty(shape).uniform_(-1.0, 1.0, generator=generator) / math.sqrt(shape[-1])
+
+
+NAMED: dict[str, Initializer] = {"zeros": zeros, "ones": ones, "kaiming": kaiming}
+
+
+class ParamSpec:
+    """One tensor a variant puts on each target: `ParamSpec((r, d_in), init="kaiming", trainable=True)`.
+
+    init is "zeros", "ones", "kaiming" or a callable (shape, generator) -> tensor. Frozen tensors become Parameters with
+    requires_grad=False: they move with the model and are saved, but are not trained.
+    """
+
+    def __init__(self, shape: tuple[int, ...], init: str | Initializer = "zeros", trainable: bool = True) -> None:
+        if isinstance(init, str) and init not in NAMED:
+            raise ValueError(f"init {init!r} is not one of {sorted(NAMED)}; pass a callable (shape, generator) -> tensor")
+        self.shape, self.trainable = tuple(shape), trainable
+        self.init: Initializer = NAMED[init] if isinstance(init, str) else init
+
+    def __repr__(self) -> str:
+        return f"ParamSpec({self.shape}, {getattr(self.init, '__name__', self.init)}, trainable={self.trainable})"
+
+
+class Base(NamedTuple):
+    """What a variant may know of the linear it sits on: sizes always, the dense weight and bias when it declares a need."""
+
+    d_in: int
+    d_out: int
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class Observer(Protocol):
+    """Streamed statistics of one target's input; memory must not grow with the number of tokens."""
+
+    def update(self, x: Tensor, group: str) -> None:
+        """Take in x (n, d_in) of a group: "cho", "rej", or "all" when the data has no poles."""
+        ...
+
+
+class Initial(NamedTuple):
+    """What `init` found: the tensors it sets, and numbers worth keeping about how it chose them (averaged over targets)."""
+
+    tensors: Mapping[str, Tensor]
+    notes: Mapping[str, float] = {}
+
+
+class Identity(NamedTuple):
+    """How near to the base a fresh adapter is: bitwise, within a relative error, or not at all, with the reason."""
+
+    kind: Literal["bitwise", "close", "none"]
+    reason: str = ""
+
+
+BITWISE = Identity("bitwise")
+Params = Mapping[str, Tensor]
+
+
+class Variant:
+    """The maths of one method: tensors and config in, an update out. Never instantiated; every method is static.
+
+    form          "low-rank": `factors` says it all. "output": y + delta. "input": x + delta, before the linear
+    reads_weight  "never", "init" or "step": when `base.weight` is given; otherwise it is None
+    calibration   "no", "optional" or "required": whether `observe` is fed before `init`
+    identity      how near to the base a fresh adapter is
+    linear_in_c   whether one layer's change is c times its change at c = 1
+    row_c         whether c may differ between the rows of a batch
+    paper         arXiv id
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[AdapterConfig]]
+    paper: ClassVar[str] = ""
+    form: ClassVar[Literal["low-rank", "output", "input"]] = "low-rank"
+    reads_weight: ClassVar[Literal["never", "init", "step"]] = "never"
+    calibration: ClassVar[Literal["no", "optional", "required"]] = "no"
+    identity: ClassVar[Identity] = BITWISE
+    linear_in_c: ClassVar[bool] = True
+    row_c: ClassVar[bool] = True
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
+        """Every tensor by its name on the layer ("lora_A"): shape, initialiser, trainable or frozen."""
+        raise NotImplementedError
+
+    @staticmethod
+    def needs_calibration(cfg: Any) -> bool:
+        """Whether this config cannot be initialised without calibration data."""
+        return False
+
+    @staticmethod
+    def observe(cfg: Any, base: Base, exclude: Tensor | None) -> Observer | None:
+        """An observer of this target's inputs, made before `init` and handed to it; `exclude` (n, d_in) holds directions in use."""
+        return None
+
+    @staticmethod
+    def init(cfg: Any, base: Base, observed: Any, generator: Generator | None) -> Initial:
+        """Values that depend on the weight or on what was observed; tensors not named keep their spec's initialiser."""
+        return Initial({})
+
+    @staticmethod
+    def check(cfg: Any, notes: Mapping[str, float]) -> str | None:
+        """A sentence to warn with, after all targets have been initialised; None when all is well."""
+        return None
+
+    @staticmethod
+    def factors(cfg: Any, p: Params, base: Base) -> LowRank:
+        """form "low-rank": the update at c = 1. The runtime casts it, applies c, merges, bakes and exports it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def prepare(cfg: Any, p: Params, base: Base) -> Params:
+        """Other forms: what `delta` needs, computed in the stored precision before the runtime casts it to x's dtype."""
+        return p
+
+    @staticmethod
+    def delta(cfg: Any, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+        """Other forms: what is added to y (form "output") or to x (form "input", y is None).
+
+        x (*batch, d_in), y (*batch, d_out), c a float or a tensor that broadcasts against them, one number per row or token.
+        """
+        raise NotImplementedError
+
+
+REGISTRY: dict[str, type[Variant]] = {}
+V = TypeVar("V", bound=type[Variant])
+FORMS = {"low-rank": "factors", "output": "delta", "input": "delta"}
+
+
+def register(cls: V) -> V:
+    """Class decorator: put a variant in the registry under its name. Refuses a class that breaks the contract.
+
+    Registering the same file again (reached by another module path) keeps the first class and is harmless.
+    """
+    known = REGISTRY.get(cls.name)
+    if known is not None and (known.__qualname__ != cls.__qualname__ or not _same_file(known, cls)):
+        raise ValueError(f"variant {cls.name!r} is already registered by {known.__module__}.{known.__qualname__}")
+    if cls.form not in FORMS:
+        raise TypeError(f"variant {cls.name!r} has form {cls.form!r}, not one of {sorted(FORMS)}")
+    for method in ("param_specs", FORMS[cls.form]):
+        if getattr(cls, method) is getattr(Variant, method):
+            raise TypeError(f"variant {cls.name!r} of form {cls.form!r} must define {method}()")
+    if not issubclass(cls.Config, AdapterConfig) or cls.Config.variant != cls.name:
+        raise TypeError(f"variant {cls.name!r} needs a Config, a subclass of AdapterConfig whose `variant` is {cls.name!r}")
+    REGISTRY.setdefault(cls.name, cls)
+    return cls
+
+
+def _same_file(a: type, b: type) -> bool:
+    try:
+        return inspect.getfile(a) == inspect.getfile(b) or _real(a) == _real(b)
+    except (TypeError, OSError):  # defined in a notebook or a shell: there is no file, so the name decides
+        return a.__module__ == b.__module__
+
+
+def _real(cls: type) -> str:
+    import os
+
+    return os.path.realpath(inspect.getfile(cls))
+
+
+def variant_of(config: AdapterConfig) -> type[Variant]:
+    """The registered variant a config belongs to. Raises KeyError naming what is registered."""
+    if not isinstance(config, AdapterConfig):
+        raise TypeError(f"expected a config such as LoRAConfig(), got {type(config).__name__}")
+    if config.variant not in REGISTRY:
+        raise KeyError(f"variant {config.variant!r} is not registered; registered: {sorted(REGISTRY)}")
+    return REGISTRY[config.variant]
+
+
+def config_from_dict(values: Mapping[str, Any]) -> AdapterConfig:
+    """The config that `to_dict` wrote, of whichever variant. Raises KeyError for an unknown one."""
+    name = values.get("variant")
+    if name not in REGISTRY:
+        raise KeyError(f"variant {name!r} is not registered; registered: {sorted(REGISTRY)}")
+    return REGISTRY[name].Config.from_dict(values)

@@ -1,0 +1,8 @@
+"""One file per method; importing this package registers them all."""
+
+from lora_lite.variants.dora import DoRAConfig
+from lora_lite.variants.ia3 import IA3Config, IA3FFConfig
+from lora_lite.variants.lora import LoRAConfig
+from lora_lite.variants.pissa import PiSSAConfig
+
+__all__ = ["DoRAConfig", "IA3Config", "IA3FFConfig", "LoRAConfig", "PiSSAConfig"]
