@@ -1,0 +1,418 @@
+"""What does a user hold? An Adapter is a value (config and tensors); attachment is an event; c is a dial."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lora_lite import checkpoint, merge
+from lora_lite.attachment import Shared, all_hooks, check_layers, fresh_parameter, ledger_of, lift, place, targets_by_name, unwrapped
+from lora_lite.base import compare_fingerprint, fingerprint, is_linear, refusal, sizes
+from lora_lite.config import AdapterConfig
+from lora_lite.dial import Block, Coefficient, Dial
+from lora_lite.hooks import Hook
+from lora_lite.lowrank import LowRank
+from lora_lite.target import Target
+from lora_lite.variant import Base, Params, ParamSpec, Variant, variant_of
+
+Path = str | os.PathLike[str]
+_HANDLES: weakref.WeakKeyDictionary[Shared, weakref.ref[Adapter]] = weakref.WeakKeyDictionary()
+
+
+class Adapter:
+    """A method's tensors for some layers of some model. Made by `ll.attach` and `ll.load`.
+
+        with adapter(model, c=-1.5): model.generate(**inputs)      # up, down, off or negative, for this block
+
+    Attached, its tensors are Parameters on the layers; detached, it keeps them: it can be saved, inspected, baked into a
+    history, or put back with `ll.attach(model, adapter)`. It serves one model at a time. Copying or pickling it gives a
+    detached adapter with tensors of its own.
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        layer_sizes: Mapping[str, tuple[int, int]],
+        *,
+        name: str = "default",
+        also: Mapping[str, Tensor] | None = None,
+        metadata: Mapping[str, str] | None = None,
+        fingerprint: dict[str, Any] | None = None,
+        diagnostics: Mapping[str, float] | None = None,
+        c: Coefficient = 1.0,
+    ) -> None:
+        self.config, self.name = config, check_name(name)
+        self.metadata, self.diagnostics = dict(metadata or {}), dict(diagnostics or {})
+        self.fingerprint = fingerprint
+        self._sizes = dict(layer_sizes)
+        self._dial = Dial(c, name)
+        self._specs = {t: self.variant.param_specs(*size, config.at(t, *size)) for t, size in self._sizes.items()}
+        self._held = {t: {f: as_parameter(v, self._specs[t][f]) for f, v in fields.items()} for t, fields in tensors.items()}
+        self._also = {n: v if isinstance(v, Parameter) else Parameter(v.detach().clone()) for n, v in (also or {}).items()}
+        self._model: nn.Module | None = None
+        self._shared: Shared | None = None
+        self._layers: dict[str, nn.Module] = {}
+        self._merged: merge.Merged | None = None
+
+    # -- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def variant(self) -> type[Variant]:
+        return variant_of(self.config)
+
+    @property
+    def targets(self) -> list[str]:
+        """Full module names of the adapted layers."""
+        return list(self._sizes)
+
+    @property
+    def attached(self) -> bool:
+        """Whether it acts on a model now, by its hooks or merged into the weights."""
+        return self._model is not None
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model it is attached to, or None."""
+        return self._model
+
+    def tensors(self) -> dict[str, dict[str, Parameter]]:
+        """Its tensors by target and field, as they are now: {"model.layers.0.self_attn.q_proj": {"lora_A": ...}}."""
+        if self._shared is None or self._merged is not None:
+            return {t: dict(fields) for t, fields in self._held.items()}
+        return {t: self._hook(t).tensors(layer) for t, layer in self._layers.items()}  # type: ignore[misc]
+
+    def also(self) -> dict[str, Parameter]:
+        """The parameters it trains beside its own (`train_also`), by full name."""
+        if self._shared is None or self._merged is not None or self._model is None:
+            return dict(self._also)
+        return {name: self._model.get_parameter(name) for name in self._shared.originals}
+
+    def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """The trainable tensors under the names they have on the model: "model.layers.0.self_attn.q_proj.lora_A"."""
+        suffix = "" if self.name == "default" else f"__{self.name}"
+        for target, fields in self.tensors().items():
+            for field, p in fields.items():
+                if self._specs[target][field].trainable:
+                    yield f"{target}.{field}{suffix}", p
+        yield from self.also().items()
+
+    def parameters(self) -> Iterator[Parameter]:
+        """The trainable tensors, for an optimizer: `AdamW(adapter.parameters(), lr=1e-4)`."""
+        return (p for _, p in self.named_parameters())
+
+    def num_parameters(self) -> int:
+        """How many numbers train."""
+        return sum(p.numel() for p in self.parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor, frozen ones too, under the names of the file (free of the adapter's name); shares memory."""
+        own = {f"{t}.{f}": p.detach() for t, fields in self.tensors().items() for f, p in fields.items()}
+        return own | {name: p.detach() for name, p in self.also().items()}
+
+    def factors(self, c: float = 1.0) -> dict[str, LowRank]:
+        """The exact weight update at c, by target. Raises TypeError naming the variant where it is not a low-rank sum."""
+        if self.variant.form != "low-rank":
+            raise TypeError(f"variant {self.variant.name!r} (form {self.variant.form!r}) has no low-rank factors; adapter.merged(c) gives its dense effect")
+        tensors = self.tensors()
+        return {t: self._update(t, tensors[t]).scaled(c) for t in self.targets}
+
+    def _update(self, target: str, p: Params) -> LowRank:
+        size = self._sizes[target]
+        return self.variant.factors(self.config.at(target, *size), p, Base(*size))
+
+    def __repr__(self) -> str:
+        c = self._dial.setting().c
+        where = f"merged at c={self._merged.c}" if self._merged is not None else f"attached, c={c}" if self.attached else "detached"
+        rank = f" r={r}" if (r := getattr(self.config, "r", None)) else ""
+        return f"Adapter({self.name!r}: {self.variant.name}{rank} on {len(self._sizes)} targets, {self.num_parameters():,} trainable, {where})"
+
+    def print_trainable_parameters(self) -> None:
+        """One line: trainable, all, and their ratio, counting the model it is attached to."""
+        trained = self.num_parameters()
+        everything = sum(p.numel() for p in self._model.parameters()) if self._model is not None else sum(v.numel() for v in self.state_dict().values())
+        print(f"trainable params: {trained:,} || all params: {everything:,} || trainable%: {100 * trained / max(1, everything):.4f}")
+
+    # -- training ---------------------------------------------------------------------------------------------------
+
+    def requires_grad_(self, flag: bool = True) -> Adapter:
+        """Let its trainable tensors train, or not; frozen ones stay frozen."""
+        for p in self.parameters():
+            p.requires_grad_(flag)
+        return self
+
+    def train(self, mode: bool = True) -> Adapter:
+        """Dropout as the layer's own mode says (True), or off whatever the model's mode is (False)."""
+        self._dial.training = mode
+        return self
+
+    def eval(self) -> Adapter:
+        return self.train(False)
+
+    # -- c ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def c(self) -> Coefficient:
+        """The c in force here: the innermost open block's in this context, else the resting value."""
+        return self._dial.setting().c
+
+    @c.setter
+    def c(self, c: Coefficient) -> None:
+        self._refuse_merged("set c")
+        self._dial.turn(c)
+
+    def set_coeff(self, c: Coefficient) -> None:
+        """`adapter.c = c`."""
+        self.c = c
+
+    def __call__(self, model: nn.Module | None = None, c: Coefficient = 1.0) -> AbstractContextManager[Any]:
+        """`with adapter(model, c=-1.5):` c in force for the block, in this context only; attached for the block if it is not.
+
+        c is a number, () or (B,) one per row, or (B, T) one per token of a full forward. Blocks nest: the inner c replaces
+        the outer one and returns. Raises ValueError for another model than the one it is attached to.
+        """
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"the first argument is the model; write adapter(c={model!r})")
+        if self._model is None:
+            return self._visit(model, c)
+        if model is not None and model is not self._model and not any(m is self._model for m in model.modules()):
+            raise ValueError(
+                f"adapter {self.name!r} is attached to another {type(self._model).__name__} than the {type(model).__name__} given; "
+                "a copy of a model carries its own adapters: ll.adapters(copy)"
+            )
+        self._refuse_merged("change c")
+        return Block(self._dial, c)
+
+    @contextmanager
+    def _visit(self, model: nn.Module | None, c: Coefficient) -> Iterator[None]:
+        if model is None:
+            raise ValueError(f"adapter {self.name!r} is not attached; say to which model: adapter(model, c=...)")
+        self.put_on(model)
+        try:
+            with Block(self._dial, c):
+                yield
+        finally:
+            self.detach()
+
+    # -- on and off a model -----------------------------------------------------------------------------------------
+
+    def put_on(self, model: nn.Module, name: str | None = None, c: Coefficient | None = None) -> Adapter:
+        """`ll.attach(model, adapter)`: a detached adapter onto a model that has its layers. All or nothing."""
+        model = unwrapped(model)
+        if self.attached:
+            raise RuntimeError(f"adapter {self.name!r} is attached already; one adapter serves one model at a time: detach() it, or copy.deepcopy it")
+        targets, previous = targets_by_name(model, self._sizes), (self.name, self._dial.rest)
+        try:
+            self.name = self._dial.name = check_name(self.name if name is None else name)
+            check_layers(model, self.name, targets, self.variant, self._specs)
+            if c is not None:
+                self._dial.turn(c)
+            self._place(model, targets)
+        except BaseException:
+            self.name, self._dial.rest = previous
+            self._dial.name = self.name
+            raise
+        logger.debug("attached {}", self)
+        return self
+
+    def _place(self, model: nn.Module, targets: Sequence[Target]) -> None:
+        for target in targets:
+            self._held[target.name] = {f: self._moved(p, target) for f, p in self._held[target.name].items()}
+        shared = Shared(self.name, self.config, ledger_of(model), self._dial, self.metadata, self.fingerprint, self.diagnostics)
+        place(model, shared, targets, self._held, self._also)
+        self._adopt(model, shared, {t.name: t.module for t in targets})
+        self._held, self._also = {}, {}
+
+    def _adopt(self, model: nn.Module, shared: Shared, layers: Mapping[str, nn.Module]) -> None:
+        self._model, self._shared, self._layers = model, shared, dict(layers)
+        _HANDLES[shared] = weakref.ref(self)
+
+    def _moved(self, p: Parameter, target: Target) -> Parameter:
+        device = target.module.weight.device
+        return p if p.device == device else Parameter(p.detach().to(device), requires_grad=p.requires_grad)  # type: ignore[arg-type]
+
+    def _hook(self, target: str) -> Hook:
+        hook = next((h for _, _, h in all_hooks(self._layers[target]) if h.shared is self._shared), None)
+        if hook is None:
+            raise RuntimeError(f"adapter {self.name!r}: the layer {target!r} lost its hook; was the module replaced or its hooks cleared?")
+        return hook
+
+    def detach(self) -> None:
+        """Take it off: the model is as it was before, bit for bit; the adapter keeps its tensors. Twice is harmless."""
+        if self._merged is not None:
+            self.unmerge()
+        if self._model is None or self._shared is None:
+            return
+        held = lift(self._model, self._shared)
+        self._also = held.pop("", {})
+        self._held = {t: held[t] for t in self._sizes if t in held}
+        self._model, self._shared, self._layers = None, None, {}
+
+    def _refuse_merged(self, what: str) -> None:
+        if self._merged is not None:
+            raise RuntimeError(f"adapter {self.name!r} is merged into the weights: cannot {what}; unmerge() first")
+
+    # -- merging ----------------------------------------------------------------------------------------------------
+
+    def merge(self, c: float = 1.0) -> Adapter:
+        """Fold it into the weights at c: no hooks, no overhead, a plain model to run or ship. `unmerge()` takes it out.
+
+        The layers are lent new Parameters (their own are kept aside: memory for one more copy of the adapted weights).
+        Raises TypeError for quantised layers and for a tensor c, RuntimeError beside other adapters it does not commute with.
+        """
+        if self._model is None:
+            raise RuntimeError(f"adapter {self.name!r} is not attached; ll.attach(model, adapter) first")
+        self._refuse_merged("merge it again")
+        others = [hook for _, _, hook in all_hooks(self._model) if hook.shared is not self._shared]
+        merged = merge.Merged({t: (layer, self._hook(t)) for t, layer in self._layers.items()}, others, c)
+        self._held, self._also = self.tensors(), self.also()
+        merged.swap_in()
+        self._merged = merged
+        return self
+
+    def unmerge(self) -> Adapter:
+        """Put the layers' own Parameters and the hooks back."""
+        if self._merged is not None:
+            self._merged.swap_out(self._held)
+            self._merged, self._held, self._also = None, {}, {}
+        return self
+
+    @contextmanager
+    def merged(self, c: float = 1.0) -> Iterator[Adapter]:
+        """`with adapter.merged(c=0.7): model.generate(...)`: merged for the block, restored exactly, also after an exception."""
+        self.merge(c)
+        try:
+            yield self
+        finally:
+            self.unmerge()
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write one safetensors file (docs/format.md), atomically. Raises ValueError for non-finite tensors or reserved keys."""
+        tensors = {t: {f: p.detach() for f, p in fields.items()} for t, fields in self.tensors().items()}
+        also = {n: p.detach() for n, p in self.also().items()}
+        checkpoint.write(path, checkpoint.Contents(self.config, tensors, also, self.fingerprint, {**self.metadata, **(metadata or {})}, self.diagnostics))
+
+    def load(self, path: Path, strict_base: bool = True) -> Adapter:
+        """Take a file's values in place, into the same Parameter objects: an optimizer goes on. All, or nothing.
+
+        Raises CheckpointError where the file's method, config at any layer, keys or shapes differ from this adapter's.
+        """
+        contents = checkpoint.read(path)
+        now = {t: self.config.at(t, *s) for t, s in self._sizes.items()}
+        wanted = {t: {f: s.shape for f, s in specs.items()} for t, specs in self._specs.items()}
+        contents = checkpoint.renamed(contents, self.targets)
+        checkpoint.check_tensors(contents, wanted)
+        if differing := [t for t, s in self._sizes.items() if method_of(contents.config.at(t, *s)) != method_of(now[t])]:
+            raise checkpoint.CheckpointError(f"{path}: made with {contents.config}, this adapter has {self.config}; they differ at {differing[:5]}")
+        also = self.also()
+        if {n: tuple(v.shape) for n, v in contents.also.items()} != {n: tuple(p.shape) for n, p in also.items()}:
+            raise checkpoint.CheckpointError(f"{path}: it also holds {sorted(contents.also)}, this adapter trains {sorted(also)} beside its own")
+        check_base(path, contents.fingerprint, self.fingerprint, strict_base)
+        tensors = self.tensors()
+        with torch.no_grad():
+            for target, fields in contents.tensors.items():
+                for field, value in fields.items():
+                    tensors[target][field].copy_(value)
+            for name, value in contents.also.items():
+                also[name].copy_(value)
+        self.metadata.clear()
+        self.metadata.update(contents.metadata)
+        return self
+
+    @classmethod
+    def from_checkpoint(cls, model: nn.Module, path: Path, name: str | None = None, c: Coefficient = 1.0, strict_base: bool = True) -> Adapter:
+        """Attach the adapter in a file. `adapter = ll.load(model, "kind.safetensors")`. Needs no calibration.
+
+        Everything is checked before the model is touched. Raises CheckpointError (a ValueError) listing what does not fit: keys,
+        shapes, values, or a base other than the one it was trained on (strict_base=False lets that pass, with a warning).
+        """
+        model = unwrapped(model)
+        contents = checkpoint.read(path)
+        linears = [n for n, m in model.named_modules() if is_linear(m)]
+        contents = checkpoint.renamed(contents, linears)
+        if missing := sorted(set(contents.tensors) - set(linears)):
+            raise checkpoint.CheckpointError(f"{path}: no linear layer of this {type(model).__name__} is named {missing[:5]} ({len(missing)} in all)")
+        layers = {t: model.get_submodule(t) for t in contents.tensors}
+        layer_sizes = {t: sizes(layer) for t, layer in layers.items()}
+        variant = variant_of(contents.config)
+        specs = {t: variant.param_specs(*s, contents.config.at(t, *s)) for t, s in layer_sizes.items()}
+        checkpoint.check_tensors(contents, {t: {f: s.shape for f, s in fields.items()} for t, fields in specs.items()})
+        check_also(path, model, contents.also)
+        now = fingerprint(model, layers)
+        check_base(path, contents.fingerprint, now, strict_base)
+        adapter = cls(
+            contents.config, contents.tensors, layer_sizes, name=name or "default", also=contents.also,
+            metadata=contents.metadata, fingerprint=now, diagnostics=contents.diagnostics, c=c,
+        )  # fmt: skip
+        return adapter.put_on(model)
+
+    # -- copies -----------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        tensors = {t: {f: p.detach().clone() for f, p in fields.items()} for t, fields in self.tensors().items()}
+        also = {n: p.detach().clone() for n, p in self.also().items()}
+        return dict(config=self.config, tensors=tensors, layer_sizes=self._sizes, name=self.name, also=also, metadata=self.metadata,
+                    fingerprint=self.fingerprint, diagnostics=self.diagnostics, c=self._dial.rest.c)  # fmt: skip
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+
+def check_name(name: str) -> str:
+    if not isinstance(name, str) or not name.isidentifier() or "__" in name:
+        raise ValueError(f"an adapter's name is an identifier without a double underscore, got {name!r}")
+    return name
+
+
+def as_parameter(value: Tensor, spec: ParamSpec) -> Parameter:
+    return value if isinstance(value, Parameter) else fresh_parameter(value, value, spec.trainable)
+
+
+def method_of(config: AdapterConfig) -> dict[str, Any]:
+    """A layer's config without where it applies: what must agree for tensors to mean the same."""
+    where = ("targets", "exclude", "layer_range", "layers", "roles", "dtype", "dropout")
+    return {k: v for k, v in config.to_dict().items() if k not in where}
+
+
+def check_also(path: Path, model: nn.Module, also: Mapping[str, Tensor]) -> None:
+    have = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    wrong = {n: have.get(n, "nothing") for n, v in also.items() if have.get(n) != tuple(v.shape)}
+    if wrong:
+        raise checkpoint.CheckpointError(f"{path}: it also holds parameters that this model has differently: {wrong}")
+
+
+def check_base(path: Path, saved: dict[str, Any] | None, now: dict[str, Any] | None, strict: bool) -> None:
+    """Refuse another base than the one an adapter was trained on; without `strict`, and for quantised bases, warn."""
+    if saved is None or now is None:
+        logger.warning("{}: no fingerprint of the base it was trained on; it cannot be checked", path)
+        return
+    differences, warnings = compare_fingerprint(saved, now)
+    for warning in warnings:
+        logger.warning("{}: {}", path, warning)
+    if differences and strict:
+        raise checkpoint.CheckpointError(f"{path} was trained on another base: {'; '.join(differences)}. strict_base=False loads it all the same")
+    if differences:
+        logger.warning("{} was trained on another base: {}", path, "; ".join(differences))
+
+
+def handle_of(model: nn.Module, shared: Shared, hooks: Mapping[str, tuple[nn.Module, Hook]]) -> Adapter:
+    known = _HANDLES.get(shared)
+    if known is not None and (adapter := known()) is not None:
+        return adapter
+    ledger = ledger_of(model)
+    assert ledger is shared.ledger
+    layer_sizes = {path: hook.base.sizes[:2] for path, (_, hook) in hooks.items()}
+    adapter = Adapter(shared.config, {}, layer_sizes, name=shared.name, fingerprint=shared.fingerprint)
+    adapter._dial, adapter.metadata, adapter.diagnostics = shared.dial, shared.metadata, shared.diagnostics
+    adapter._adopt(model, shared, {path: layer for path, (layer, _) in hooks.items()})
+    return adapter

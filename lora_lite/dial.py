@@ -1,0 +1,231 @@
+"""What is c here and now? A dial rests at a value; `with` blocks override it in the context they run in, and nowhere else."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import weakref
+from collections.abc import Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Coefficient = float | Tensor
+
+WIDEST = {"mps": torch.float32}  # compiled graphs see c in one dtype whatever it was given in: one graph for all
+
+_KEYS = itertools.count(1)
+_BY_KEY: weakref.WeakValueDictionary[int, Dial] = weakref.WeakValueDictionary()
+_LOCK = threading.Lock()
+
+# Which backward this thread is in, -1 outside of any. A forward that is recomputed for a checkpointed backward runs with
+# a number that differs from the one its setting was stamped with: that is how a c that moved meanwhile is noticed.
+current_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+
+
+class Setting:
+    """One resolved value of c: checked once, when it is set, so that a hook only reads attributes.
+
+    off     nothing to add: every entry is zero and no gradient is asked for
+    zeros   some entries are zero (those rows keep the base's bits)
+    task    the backward it was set in, -1 outside
+    owner   the block that set it, None for a resting value
+    cell    c as a tensor, for compiled graphs
+    """
+
+    __slots__ = ("_rows", "c", "cell", "off", "owner", "task", "tensor", "zeros")
+
+    def __init__(self, c: Coefficient, owner: object = None) -> None:
+        self.tensor = isinstance(c, Tensor)
+        self.c = check_tensor(c) if self.tensor else check_float(c)
+        self.off = self.zeros = False
+        if not self.tensor:
+            self.off = self.c == 0.0
+            self.cell = torch.full((), self.c, dtype=torch.float64)
+        else:
+            self.cell = self.c.reshape(() if self.c.numel() == 1 else self.c.shape).to(WIDEST.get(self.c.device.type, torch.float64))
+            if not self.c.requires_grad and not is_functorch(self.c):
+                zero = self.c.detach() == 0
+                self.off, self.zeros = bool(zero.all()), bool(zero.any())
+        self.task, self.owner = current_task(), owner
+        self._rows: dict[Any, Tensor] = {}
+
+    def stamped(self, task: int) -> Setting:
+        """The same value, trusted in the backward `task`."""
+        twin = object.__new__(Setting)
+        for name in Setting.__slots__:
+            setattr(twin, name, getattr(self, name))
+        twin.task = task
+        return twin
+
+    def rows(self, x: Tensor, routed: bool, path: str) -> Tensor:
+        """c for an activation x (*batch, d): broadcasts against it, in float32 or wider. Kept, as many layers see one shape."""
+        if self.c.requires_grad or is_functorch(self.c):  # a kept graph could only be walked backward once
+            return rows(self.c, x, routed, path)
+        key = (x.shape[:-1], x.device, x.dtype is torch.float64, routed)
+        if key not in self._rows:
+            self._rows[key] = rows(self.c, x, routed, path)
+        return self._rows[key]
+
+
+def check_float(c: Any) -> float:
+    if isinstance(c, bool) or not hasattr(c, "__float__"):
+        raise TypeError(f"c must be a number or a tensor, got {type(c).__name__}")
+    if not math.isfinite(value := float(c)):
+        raise ValueError(f"c must be finite, got {value}")
+    return value
+
+
+def check_tensor(c: Tensor) -> Tensor:
+    if c.dim() > 2 or c.numel() == 0:
+        raise ValueError(f"c must be a scalar, one number per row (B,) or one per token (B, T); got shape {tuple(c.shape)}")
+    if not is_functorch(c) and not bool(torch.isfinite(c.detach()).all()):
+        raise ValueError(f"c must be finite, got {c.detach().flatten()[:8].tolist()}")
+    return c if c.is_floating_point() else c.float()
+
+
+def is_functorch(c: Tensor) -> bool:
+    """Whether c is being transformed by vmap, grad or jvp: then its values cannot be looked at."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(c)
+
+
+def rows(c: Tensor, x: Tensor, routed: bool, path: str) -> Tensor:
+    """c () | (B,) | (B, T), spread over x (*batch, d) so that it broadcasts; rows repeat as beams do (repeat_interleave).
+
+    Also where a model flattens (B, T, d) to (B*T, d) as OPT does, or pools to (B, d) as BERT's heads do: both are
+    row-major, so consecutive entries belong to one row. Raises ValueError, with both shapes, where no reading is right.
+    """
+    c = c.to(device=x.device, dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+    if c.numel() == 1:
+        return c.reshape(())
+    n, flat = c.shape[0], x.dim() == 2
+    seen = f"c has shape {tuple(c.shape)}, the activation at {path} has {tuple(x.shape)}"
+    if routed and flat:
+        raise ValueError(f"{seen}: tokens are routed to experts here, so rows cannot be told apart; use a scalar c or exclude it")
+    if x.dim() < 2 or x.shape[0] % n:
+        raise ValueError(f"{seen}: the number of rows must be 1, or divide the activation's first size")
+    if c.dim() == 1:
+        return c.repeat_interleave(x.shape[0] // n, 0).view(-1, *[1] * (x.dim() - 1))
+    if not flat and x.shape[1] == c.shape[1]:
+        return c.repeat_interleave(x.shape[0] // n, 0).view(*x.shape[:2], *[1] * (x.dim() - 2))
+    if flat and x.shape[0] % c.numel() == 0:
+        return c.repeat_interleave(x.shape[0] // c.numel(), 0).reshape(-1, 1)
+    hint = "; while decoding from a cache a step holds one token: use one c per row there" if x.shape[-2] == 1 else ""
+    raise ValueError(f"{seen}: a per-token c needs a full forward of exactly its {c.shape[1]} tokens{hint}")
+
+
+class Slot:
+    """Where compiled code finds c as a tensor: replaced or refilled, never mutated in place (autograd keeps the old one)."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+class _Here(threading.local):
+    """This thread's slot of one dial: the innermost open block's, or the resting one."""
+
+    def __init__(self, resting: Slot) -> None:  # run again by each thread that looks
+        self.slot = resting
+
+
+class Dial:
+    """The c of one adapter. Shared by its hooks; holds no model and no adapter, so copies of a layer stay small.
+
+    A deepcopied or unpickled dial is another dial, at the same resting value.
+    """
+
+    def __init__(self, c: Coefficient = 1.0, name: str = "default") -> None:
+        self.name = name
+        self.training = True
+        self.moved = False
+        self.rest = Setting(c)
+        self._register()
+
+    def _register(self) -> None:
+        self.key = next(_KEYS)
+        self.slot = Slot(self.rest.cell)
+        self.here = _Here(self.slot)
+        with _LOCK:
+            _BY_KEY[self.key] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "training": self.training, "moved": self.moved, "c": self.rest.c}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.name, self.training, self.moved = state["name"], state["training"], state["moved"]
+        self.rest = Setting(state["c"])
+        self._register()
+
+    def setting(self) -> Setting:
+        stack = DIALS.get().get(self)
+        return stack[-1] if stack else self.rest
+
+    def turn(self, c: Coefficient) -> None:
+        """Set c: this block's inside a `with`, the resting value outside."""
+        held = DIALS.get()
+        if stack := held.get(self):
+            DIALS.set({**held, self: (*stack[:-1], Setting(c, stack[-1].owner))})
+        else:
+            self.rest = Setting(c)
+            self.slot.tensor = self.rest.cell
+        self.moved = True
+        self.sync()
+
+    def sync(self) -> None:
+        """Let compiled code on this thread see what the context holds."""
+        setting = self.setting()
+        self.here.slot = self.slot if setting is self.rest else Slot(setting.cell)
+
+    def stale(self, setting: Setting) -> None:
+        """A setting from outside this backward was read inside it. Harmless if c never moved; otherwise a wrong gradient."""
+        if self.moved:
+            raise RuntimeError(
+                f"adapter {self.name!r}: a forward is being recomputed during backward, and the c it ran with is not known "
+                "(c was moved by `with adapter(c=...)` or `adapter.c = ...`). torch.utils.checkpoint carries c by itself; other "
+                "recomputing functions must run their backward inside the same `with` block, opened in the backward"
+            )
+
+
+DIALS: ContextVar[Mapping[Dial, tuple[Setting, ...]]] = ContextVar("lora_lite.dials", default={})  # noqa: B039 never mutated
+
+
+class Block:
+    """`with Block(dial, c):` c in force here. Blocks nest, and may end in any order: each takes away only its own value."""
+
+    __slots__ = ("_entered", "c", "dial")
+
+    def __init__(self, dial: Dial, c: Coefficient) -> None:
+        self.dial, self.c = dial, c
+        self._entered: list[object] = []
+
+    def __enter__(self) -> Block:
+        owner = object()
+        setting = Setting(self.c, owner)
+        dial, held = self.dial, DIALS.get()
+        DIALS.set({**held, dial: (*held.get(dial, ()), setting)})
+        dial.here.slot = Slot(setting.cell)
+        dial.moved = True
+        self._entered.append(owner)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        owner, held = self._entered.pop(), dict(DIALS.get())
+        stack = tuple(s for s in held.pop(self.dial, ()) if s.owner is not owner)
+        if stack:
+            held[self.dial] = stack
+        DIALS.set(held)
+        self.dial.sync()
+
+
+def live() -> list[Dial]:
+    with _LOCK:
+        return list(_BY_KEY.values())
+
+
+def by_key(key: int) -> Dial:
+    return _BY_KEY[key]

@@ -1,0 +1,108 @@
+"""How does an adapter come onto a model: fresh, back again, from a file, or found there?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lora_lite.adapter import Adapter, Path, handle_of
+from lora_lite.attachment import Shared, all_hooks, check_layers, fresh_parameter, unwrapped
+from lora_lite.base import fingerprint
+from lora_lite.config import AdapterConfig, as_patterns
+from lora_lite.dial import Coefficient, Setting
+from lora_lite.hooks import Hook
+from lora_lite.initialise import initial_tensors
+from lora_lite.target import find_targets
+from lora_lite.variant import variant_of
+
+
+def attach(
+    model: nn.Module,
+    config: AdapterConfig | Adapter,
+    calibration_data: Any = None,
+    name: str | None = None,
+    c: Coefficient | None = None,
+    train_also: Sequence[str] | str = (),
+    seed: int | None = None,
+    exclude_directions: Sequence[Adapter] = (),
+) -> Adapter:
+    """Put a fresh adapter, or a detached one, on a model. `adapter = ll.attach(model, ll.LoRAConfig(r=16))`.
+
+    model             unmodified; its parameters are frozen (the flags come back with the last detach), its weights never written
+    config            a variant's config, or a detached Adapter to put back
+    calibration_data  target -> activations (N, d_in), or -> {"cho": ..., "rej": ...}; batches; or {"cho": batches, "rej": batches}
+    name              an identifier; several adapters live on one model under different names
+    c                 the resting coefficient, 1.0 unless told
+    train_also        regexes of other parameters to train and save with it (a fresh head, norms); originals return at detach
+    seed              of the initial values; without one the global random state is used
+    exclude_directions  adapters whose directions the new one leaves out (variants that choose directions)
+
+    All or nothing: on any error the model is as it was. Raises RuntimeError where nothing matches or a layer cannot carry
+    an adapter, ValueError for a name in use or calibration data that is missing or does not fit.
+    """
+    model = unwrapped(model)
+    if isinstance(config, Adapter):
+        if calibration_data is not None or train_also or seed is not None or exclude_directions:
+            raise ValueError("a made adapter is put back as it is: calibration_data, train_also, seed and exclude_directions are for a fresh one")
+        return config.put_on(model, name, c)
+    variant = variant_of(config)
+    name = check_name("default" if name is None else name)
+    targets = find_targets(model, config)
+    specs = {t.name: variant.param_specs(t.d_in, t.d_out, config.at(t.name, t.d_in, t.d_out)) for t in targets}
+    check_layers(model, name, targets, variant, specs)
+    also = _also(model, train_also)
+    exclude = _directions(exclude_directions)
+    rest = Setting(1.0 if c is None else c).c  # a bad c fails before anything is computed
+    tensors, notes = initial_tensors(model, config, targets, calibration_data, seed, exclude)
+    adapter = Adapter(
+        config,
+        {t.name: {f: fresh_parameter(v, t.module.weight, specs[t.name][f].trainable) for f, v in tensors[t.name].items()} for t in targets},  # type: ignore[arg-type]
+        {t.name: (t.d_in, t.d_out) for t in targets},
+        name=name,
+        also=also,
+        fingerprint=fingerprint(model, {t.name: t.module for t in targets}),
+        diagnostics=notes,
+        c=rest,
+    )
+    return adapter.put_on(model)
+
+
+def load(model: nn.Module, path: Path, name: str | None = None, c: Coefficient = 1.0, strict_base: bool = True) -> Adapter:
+    """`Adapter.from_checkpoint(model, path, ...)`: attach the adapter in a file."""
+    return Adapter.from_checkpoint(model, path, name, c, strict_base)
+
+
+def adapters(model: nn.Module) -> dict[str, Adapter]:
+    """The adapters attached to a model, by name; also on a deepcopy or an unpickled model, which carries its own."""
+    model = unwrapped(model)
+    found: dict[Shared, dict[str, tuple[nn.Module, Hook]]] = {}
+    for path, layer, hook in all_hooks(model):
+        found.setdefault(hook.shared, {})[path] = (layer, hook)
+    return {shared.name: handle_of(model, shared, hooks) for shared, hooks in found.items()}
+
+
+def _also(model: nn.Module, patterns: Sequence[str] | str) -> dict[str, Parameter]:
+    """Trainable twins of the parameters that `train_also` names. Raises RuntimeError for a regex that finds none."""
+    patterns, found = as_patterns(patterns, "train_also") if patterns else (), {}  # type: ignore[arg-type]
+    ours = {f"{path}.{n}" for path, _, hook in all_hooks(model) for _, n in hook.fields}
+    names = {n: p for n, p in model.named_parameters() if n not in ours}
+    for pattern in patterns:
+        hits = [n for n in names if re.search(pattern, n)]
+        if not hits:
+            raise RuntimeError(f"train_also {pattern!r} matches no parameter; there are e.g. {list(names)[-3:]}")
+        found.update({n: fresh_parameter(names[n], names[n], True) for n in hits})
+    return found
+
+
+def _directions(kept: Sequence[Adapter]) -> dict[str, Tensor]:
+    """The input directions that kept adapters use, by target: rows (n, d_in)."""
+    found: dict[str, list[Tensor]] = {}
+    for adapter in kept:
+        for target, update in adapter.factors().items():
+            found.setdefault(target, []).append(update.A.detach())
+    return {target: torch.cat(rows) for target, rows in found.items()}

@@ -1,0 +1,103 @@
+"""What would the base weight be with an adapter inside it? Computed without touching it; the layer is lent another Parameter.
+
+No base tensor is ever written: the layer's own Parameter is set aside and put back, so restoring is exact by construction,
+and a weight shared with another layer (tied embeddings) changes only here, as the hook does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from lora_lite import compiled
+from lora_lite.base import dense_weight
+from lora_lite.hooks import Hook, LowRankHook
+
+
+class Folded(NamedTuple):
+    """A layer's weight and bias with an adapter folded in, in the layer's own layout and dtype."""
+
+    weight: Parameter
+    bias: Parameter | None
+
+
+@torch.no_grad()
+def folded(layer: nn.Module, hook: Hook, c: float) -> Folded:
+    """The parameters with which the bare layer does what the hooked one does at c. Costs a pass of d_in rows, one layer at a time."""
+    W, bias = dense_weight(layer), layer._parameters.get("bias")
+    wide = torch.promote_types(W.dtype, torch.float32)
+    b = None if bias is None else bias.to(wide)
+    if isinstance(hook, LowRankHook):
+        update = hook.variant.factors(hook.cfg, hook.tensors(layer), hook.base.sizes).scaled(c)
+        new_W, new_b = W.to(wide) + update.dense().to(wide), b
+    else:
+        new_W, new_b = _measured(layer, hook, c, W.to(wide), b)
+    new_W = new_W.to(W.dtype)
+    stored = new_W if isinstance(layer, nn.Linear) else new_W.T.contiguous()  # Conv1D keeps (d_in, d_out)
+    return Folded(_frozen(stored), None if new_b is None or bias is None else _frozen(new_b.to(bias.dtype)))
+
+
+def _measured(layer: nn.Module, hook: Hook, c: float, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Every method here is affine in x at a fixed c, so its effect on the unit vectors and on zero is all of it."""
+    d_in = W.shape[1]
+    x = torch.cat([torch.eye(d_in, dtype=W.dtype, device=W.device), W.new_zeros(1, d_in)])
+    training, hook.dial.training = hook.dial.training, False  # no dropout in what is folded
+    try:
+        if hook.site == "input":
+            out = F.linear(hook.apply(layer, x, None, c), W, b)
+        else:
+            out = hook.apply(layer, x, F.linear(x, W, b), c)
+    finally:
+        hook.dial.training = training
+    return (out[:-1] - out[-1]).T.contiguous(), None if b is None else out[-1]
+
+
+
+def _frozen(tensor: Tensor) -> Parameter:
+    return Parameter(tensor, requires_grad=False)
+
+
+class Merged:
+    """An adapter inside the weights of its layers, and what it takes to get it out again."""
+
+    def __init__(self, places: Mapping[str, tuple[nn.Module, Hook]], others: Sequence[Hook], c: float) -> None:
+        """Computes every weight first: on any error nothing has changed."""
+        if isinstance(c, Tensor) and c.numel() != 1:
+            raise TypeError(f"a weight holds one c; got one per row, shape {tuple(c.shape)}")
+        self.c, self.places = float(c), places
+        hooks = [hook for _, hook in places.values()]
+        refuse_company(hooks, others)
+        self._lent = {path: folded(layer, hook, self.c) for path, (layer, hook) in places.items()}
+
+    def swap_in(self) -> None:
+        for path, (layer, hook) in self.places.items():
+            hook.suspend(layer)
+            self._lent[path] = swap(layer, self._lent[path])
+        compiled.notice_hooks()
+
+    def swap_out(self, tensors: Mapping[str, Mapping[str, Parameter]]) -> None:
+        for path, (layer, hook) in self.places.items():
+            swap(layer, self._lent[path])
+            hook.resume(layer, tensors[path])
+        compiled.notice_hooks()
+
+
+def refuse_company(hooks: Sequence[Hook], others: Sequence[Hook]) -> None:
+    """Low-rank updates add up in any order; anything else acts on what the others made, so merging one would change it."""
+    company = sorted({hook.shared.name for hook in others})
+    if company and not all(isinstance(hook, LowRankHook) for hook in (*hooks, *others)):
+        raise RuntimeError(f"{hooks[0].shared.name!r} and {company} do not simply add up; detach {company} before merging")
+
+
+def swap(layer: nn.Module, new: Folded) -> Folded:
+    """Lend the layer these parameters; returns its own, to be put back with the same call."""
+    old = Folded(layer._parameters["weight"], layer._parameters.get("bias"))  # type: ignore[arg-type]
+    layer._parameters["weight"] = new.weight
+    if new.bias is not None:
+        layer._parameters["bias"] = new.bias
+    return old

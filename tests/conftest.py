@@ -1,0 +1,157 @@
+"""Under which conditions does every test run? Offline, seeded, few threads, shapes and types checked at each call.
+
+jaxtyping's import hook lets beartype check every annotated function of lora_lite. torch.compile cannot trace such
+functions, so tests marked `untyped` run in a child process without the hook: one child per module, started by the first
+of them, whose verdicts the others read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Self, get_args
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+import torch
+from beartype import beartype
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+UNTYPED = os.environ.get("LORA_LITE_UNTYPED") == "1"
+VERDICTS = "LORA_LITE_VERDICTS"  # in the child: the file that each report is appended to
+
+if any(name == "lora_lite" or name.startswith("lora_lite.") for name in sys.modules):
+    raise RuntimeError("lora_lite was imported before tests/conftest.py could install the typing hook; nothing of it would be checked")
+
+
+def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """beartype, told not to look at `Self`: the hook decorates methods one by one, and beartype allows Self in whole classes only."""
+    function.__annotations__ = {name: Any if mentions_self(hint) else hint for name, hint in function.__annotations__.items()}
+    return beartype(function)
+
+
+def mentions_self(hint: object) -> bool:
+    return hint is Self or any(mentions_self(part) for part in get_args(hint))
+
+
+if not UNTYPED:
+    install_import_hook("lora_lite", f"{__name__}.checked")
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# No deadline, because a slow machine is not a failure; derandomised, so that every run tries the same examples.
+settings.register_profile("lora_lite", deadline=None, derandomize=True)
+settings.load_profile("lora_lite")
+
+
+def seed() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    seed()  # again: a fixture that this test happened to be the first to build has used up numbers
+
+
+# --- the `untyped` marker ---------------------------------------------------------------------------------------------
+
+
+class Verdict(NamedTuple):
+    """How a test ended in the child."""
+
+    outcome: str
+    text: str
+
+
+NODE = pytest.StashKey[str]()
+CHILDREN = pytest.StashKey[dict[Path, tuple[dict[str, Verdict], str]]]()
+
+
+def delegated(item: pytest.Item) -> bool:
+    return not UNTYPED and item.get_closest_marker("untyped") is not None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if not delegated(item):
+            continue
+        assert isinstance(item, pytest.Function)
+        item.stash[NODE] = item.nodeid  # xdist appends the group's name to nodeid afterwards
+        item.fixturenames = []  # the child builds its own
+        item.add_marker(pytest.mark.xdist_group(f"untyped {item.path.name}"))  # one worker, one child (--dist loadgroup)
+        item.add_marker(pytest.mark.timeout(0))  # the first waits for all; the child times each out
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    if not delegated(pyfuncitem):
+        return None
+    children = pyfuncitem.session.stash.setdefault(CHILDREN, {})
+    if pyfuncitem.path not in children:
+        children[pyfuncitem.path] = run_child(pyfuncitem)
+    verdicts, output = children[pyfuncitem.path]
+    nodeid = pyfuncitem.stash[NODE]
+    verdict = verdicts.get(nodeid, Verdict("lost", f"the child process ended without a verdict on {nodeid}; its output:\n{output}"))
+    if verdict.outcome == "skipped":
+        pytest.skip(verdict.text)
+    if verdict.outcome != "passed":
+        pytest.fail(f"untyped, in a child process:\n{verdict.text}", pytrace=False)
+    return True
+
+
+def run_child(asked: pytest.Function) -> tuple[dict[str, Verdict], str]:
+    """Run all selected untyped tests of a module in one fresh process: verdict by node id, and what it printed."""
+    config = asked.config
+    nodes = [item.stash[NODE] for item in asked.session.items if item.path == asked.path and NODE in item.stash]
+    with tempfile.TemporaryDirectory() as folder:
+        verdicts = Path(folder, "verdicts")
+        verdicts.touch()
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+        environment |= {"LORA_LITE_UNTYPED": "1", VERDICTS: str(verdicts)}
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "no:cacheprovider", "--rootdir", str(config.rootpath)]
+        command += ["-c", str(config.inipath)] if config.inipath else []
+        done = subprocess.run(
+            [*command, *nodes],
+            cwd=config.rootpath,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        output = f"{done.stdout}\n(exit status {done.returncode})"
+        return {nodeid: Verdict(outcome, text) for nodeid, outcome, text in read_verdicts(verdicts)}, output
+
+
+def read_verdicts(path: Path) -> Iterator[tuple[str, str, str]]:
+    return (tuple(json.loads(line)) for line in path.read_text().splitlines())
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """In the child: note the call's outcome, or that of a set-up or tear-down that did not pass (the last note counts)."""
+    path = os.environ.get(VERDICTS)
+    if UNTYPED and path and (report.when == "call" or report.outcome != "passed"):
+        text = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        sections = "".join(f"\n{title}\n{content}" for title, content in report.sections)
+        with open(path, "a") as file:
+            file.write(json.dumps([report.nodeid, report.outcome, text + (sections if report.failed else "")]) + "\n")

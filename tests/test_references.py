@@ -1,0 +1,119 @@
+"""Are the reference formulas themselves right? Each is held to a property its paper states, and each deliberate mistake must show."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from tests import references
+from tests.models import normal
+from tests.references import assert_close, assert_differs, error, same_bits
+
+D_OUT, D_IN, R = 14, 10, 3
+CONFIG = SimpleNamespace(alpha=6.0, alpha_pattern={}, rslora=False, train="factors")
+
+
+def weights() -> tuple[Tensor, Tensor, Tensor]:
+    f64 = torch.float64
+    return normal(D_OUT, D_IN, seed=1, dtype=f64), normal(D_OUT, seed=2, dtype=f64), normal(5, D_IN, seed=3, dtype=f64)
+
+
+def pair(seed: int = 4) -> dict[str, Tensor]:
+    return {"lora_A": normal(R, D_IN, seed=seed, dtype=torch.float64), "lora_B": normal(D_OUT, R, seed=seed + 1, dtype=torch.float64)}
+
+
+def test_dora_gives_every_row_of_the_weight_the_length_of_its_magnitude() -> None:
+    W, _, _ = weights()
+    dm = normal(D_OUT, seed=9, std=0.1, dtype=torch.float64)
+    tuned = references.dora(W, None, pair() | {"lora_m": dm}, CONFIG, torch.eye(D_IN, dtype=torch.float64), 1.0).T
+    assert_close(tuned.norm(dim=1), W.norm(dim=1) + dm)
+    V = W + CONFIG.alpha / R * pair()["lora_B"] @ pair()["lora_A"]
+    assert_close(tuned / tuned.norm(dim=1, keepdim=True), V / V.norm(dim=1, keepdim=True), "DoRA's directions")
+
+
+def test_doras_norm_is_a_constant_for_gradients_only() -> None:
+    W, b, x = weights()
+
+    def run(wrong: bool) -> tuple[Tensor, Tensor]:
+        t = {k: v.requires_grad_() for k, v in (pair() | {"lora_m": torch.zeros(D_OUT, dtype=torch.float64)}).items()}
+        y = references.dora(W, b, t, CONFIG, x, 1.0, wrong_norm=wrong)
+        return y, torch.autograd.grad(y.square().sum(), t["lora_A"])[0]
+
+    (right, right_grad), (wrong, wrong_grad) = run(False), run(True)
+    assert_close(wrong, right)
+    assert_differs(wrong_grad, right_grad)
+
+
+def test_pissa_starts_at_the_base_and_moves_as_lora_on_the_residual() -> None:
+    W, b, x = weights()
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    root = (S[:R] / (CONFIG.alpha / R)).sqrt()
+    start = {"lora_A0": root[:, None] * Vh[:R], "lora_B0": U[:, :R] * root}
+    still = start | {"lora_A": torch.zeros(R, D_IN, dtype=torch.float64), "lora_B": torch.zeros(D_OUT, R, dtype=torch.float64)}
+    assert_close(references.pissa(W, b, still, CONFIG, x, 1.0), linear(x, W, b))
+    s, d = CONFIG.alpha / R, pair()
+    moved = s * (d["lora_B"] @ start["lora_A0"] + start["lora_B0"] @ d["lora_A"] + d["lora_B"] @ d["lora_A"])
+    assert_close(references.pissa(W, b, start | d, CONFIG, x, 1.0), linear(x, W + moved, b))
+
+
+def test_the_spectral_form_is_an_edit_of_singular_values() -> None:
+    W, b, x = weights()
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    dS = normal(R, seed=5, std=0.1, dtype=torch.float64)
+    edited = U @ torch.diag(torch.cat([S[:R] + dS, S[R:]])) @ Vh
+    t = {"lora_U": U[:, :R], "lora_dS": dS, "lora_Vh": Vh[:R]}
+    got = references.pissa(W, b, t, SimpleNamespace(train="spectrum"), x, 1.0)
+    assert_close(got, linear(x, edited, b))
+
+
+def test_ia3_gates_the_bias_and_its_input_form_does_not() -> None:
+    W, b, x = weights()
+    l_out, l_in = normal(D_OUT, seed=6, dtype=torch.float64), normal(D_IN, seed=7, dtype=torch.float64)
+    got = references.ia3(W, b, {"lora_l": l_out}, CONFIG, x, 1.0)
+    assert_close(got, (x @ W.T + b) * (1 + l_out))
+    assert_close(references.ia3_ff(W, b, {"lora_l": l_in}, CONFIG, x, 1.0), x @ (W * (1 + l_in)).T + b)
+    assert_differs(references.ia3(W, b, {"lora_l": l_out}, CONFIG, x, 1.0, wrong_bias=True), got)
+
+
+def test_lora_scales_by_alpha_over_r_or_its_root_and_the_first_pattern_wins() -> None:
+    W, b, x = weights()
+    t, update = pair(), pair()["lora_B"] @ pair()["lora_A"]
+
+    def expected(s: float) -> Tensor:
+        return linear(x, W + s * update, b)
+
+    assert_close(references.lora(W, b, t, CONFIG, x, 1.0), expected(6.0 / R))
+    rooted = SimpleNamespace(alpha=6.0, rslora=True, alpha_pattern={"q": 1.0, r"blocks\.1\..*": 12.0, "k": 5.0})
+    assert_close(references.lora(W, b, t, rooted, x, 1.0, "blocks.1.k"), expected(12.0 / math.sqrt(R)))
+    assert_close(references.lora(W, b, t, rooted, x, 1.0, "blocks.11.kq"), expected(6.0 / math.sqrt(R)))
+    assert_differs(references.lora(W, b, t, CONFIG, x, 1.0, wrong_scale=R / math.sqrt(R)), expected(6.0 / R))
+
+
+@pytest.mark.parametrize("name", references.REFERENCES)
+def test_at_c_zero_every_formula_is_the_base_and_c_moves_it(name: str) -> None:
+    W, b, x = weights()
+    t = pair() | {"lora_A0": pair(20)["lora_A"], "lora_B0": pair(20)["lora_B"], "lora_m": normal(D_OUT, seed=8, dtype=torch.float64)}
+    t["lora_l"] = normal(D_IN if name == "ia3_ff" else D_OUT, seed=8, dtype=torch.float64)
+    formula = references.REFERENCES[name]
+    base, at = linear(x, W, b), {c: formula(W, b, t, CONFIG, x, c) for c in (0.0, 0.5, 1.0)}
+    assert_close(at[0.0], base)
+    assert_close(at[0.5], (base + at[1.0]) / 2, "every formula here moves in a line at one layer")
+    assert_differs(at[1.0], base)
+
+
+def test_closeness_and_bits_see_what_they_must() -> None:
+    one = torch.ones(2)
+    assert error(torch.tensor([1.0, math.nan]), one) == math.inf
+    assert same_bits(torch.tensor([math.nan]), torch.tensor([math.nan])) and not same_bits(torch.tensor([0.0]), torch.tensor([-0.0]))
+    assert not same_bits(one, one.double())
+    with pytest.raises(AssertionError, match="shapes differ"):
+        error(one, torch.ones(2, 1))  # broadcasting would hide a row too many
+    with pytest.raises(AssertionError, match="more than"):
+        assert_close(one * 1.001, one)
+    with pytest.raises(AssertionError, match="pass unseen"):
+        assert_differs(one, one)
