@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from lora_lite import checkpoint, merge
 from lora_lite.attachment import Shared, all_hooks, check_layers, fresh_parameter, ledger_of, lift, place, targets_by_name, unwrapped
-from lora_lite.base import compare_fingerprint, fingerprint, is_linear, refusal, sizes
+from lora_lite.base import compare_fingerprint, fingerprint, is_linear, sizes
 from lora_lite.config import AdapterConfig
 from lora_lite.dial import Block, Coefficient, Dial
 from lora_lite.hooks import Hook
@@ -121,7 +121,9 @@ class Adapter:
     def factors(self, c: float = 1.0) -> dict[str, LowRank]:
         """The exact weight update at c, by target. Raises TypeError naming the variant where it is not a low-rank sum."""
         if self.variant.form != "low-rank":
-            raise TypeError(f"variant {self.variant.name!r} (form {self.variant.form!r}) has no low-rank factors; adapter.merged(c) gives its dense effect")
+            raise TypeError(
+                f"variant {self.variant.name!r} (form {self.variant.form!r}) has no low-rank factors; adapter.merged(c) gives its dense effect"
+            )
         tensors = self.tensors()
         return {t: self._update(t, tensors[t]).scaled(c) for t in self.targets}
 
@@ -133,12 +135,18 @@ class Adapter:
         c = self._dial.setting().c
         where = f"merged at c={self._merged.c}" if self._merged is not None else f"attached, c={c}" if self.attached else "detached"
         rank = f" r={r}" if (r := getattr(self.config, "r", None)) else ""
-        return f"Adapter({self.name!r}: {self.variant.name}{rank} on {len(self._sizes)} targets, {self.num_parameters():,} trainable, {where})"
+        return (
+            f"Adapter({self.name!r}: {self.variant.name}{rank} on {len(self._sizes)} targets, {self.num_parameters():,} trainable, {where})"
+        )
 
     def print_trainable_parameters(self) -> None:
         """One line: trainable, all, and their ratio, counting the model it is attached to."""
         trained = self.num_parameters()
-        everything = sum(p.numel() for p in self._model.parameters()) if self._model is not None else sum(v.numel() for v in self.state_dict().values())
+        everything = (
+            sum(p.numel() for p in self._model.parameters())
+            if self._model is not None
+            else sum(v.numel() for v in self.state_dict().values())
+        )
         print(f"trainable params: {trained:,} || all params: {everything:,} || trainable%: {100 * trained / max(1, everything):.4f}")
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -208,7 +216,9 @@ class Adapter:
         """`ll.attach(model, adapter)`: a detached adapter onto a model that has its layers. All or nothing."""
         model = unwrapped(model)
         if self.attached:
-            raise RuntimeError(f"adapter {self.name!r} is attached already; one adapter serves one model at a time: detach() it, or copy.deepcopy it")
+            raise RuntimeError(
+                f"adapter {self.name!r} is attached already; one adapter serves one model at a time: detach() it, or copy.deepcopy it"
+            )
         targets, previous = targets_by_name(model, self._sizes), (self.name, self._dial.rest)
         try:
             self.name = self._dial.name = check_name(self.name if name is None else name)
@@ -300,7 +310,9 @@ class Adapter:
         """Write one safetensors file (docs/format.md), atomically. Raises ValueError for non-finite tensors or reserved keys."""
         tensors = {t: {f: p.detach() for f, p in fields.items()} for t, fields in self.tensors().items()}
         also = {n: p.detach() for n, p in self.also().items()}
-        checkpoint.write(path, checkpoint.Contents(self.config, tensors, also, self.fingerprint, {**self.metadata, **(metadata or {})}, self.diagnostics))
+        checkpoint.write(
+            path, checkpoint.Contents(self.config, tensors, also, self.fingerprint, {**self.metadata, **(metadata or {})}, self.diagnostics)
+        )
 
     def load(self, path: Path, strict_base: bool = True) -> Adapter:
         """Take a file's values in place, into the same Parameter objects: an optimizer goes on. All, or nothing.
@@ -313,10 +325,14 @@ class Adapter:
         contents = checkpoint.renamed(contents, self.targets)
         checkpoint.check_tensors(contents, wanted)
         if differing := [t for t, s in self._sizes.items() if method_of(contents.config.at(t, *s)) != method_of(now[t])]:
-            raise checkpoint.CheckpointError(f"{path}: made with {contents.config}, this adapter has {self.config}; they differ at {differing[:5]}")
+            raise checkpoint.CheckpointError(
+                f"{path}: made with {contents.config}, this adapter has {self.config}; they differ at {differing[:5]}"
+            )
         also = self.also()
         if {n: tuple(v.shape) for n, v in contents.also.items()} != {n: tuple(p.shape) for n, p in also.items()}:
-            raise checkpoint.CheckpointError(f"{path}: it also holds {sorted(contents.also)}, this adapter trains {sorted(also)} beside its own")
+            raise checkpoint.CheckpointError(
+                f"{path}: it also holds {sorted(contents.also)}, this adapter trains {sorted(also)} beside its own"
+            )
         check_base(path, contents.fingerprint, self.fingerprint, strict_base)
         tensors = self.tensors()
         with torch.no_grad():
@@ -330,7 +346,9 @@ class Adapter:
         return self
 
     @classmethod
-    def from_checkpoint(cls, model: nn.Module, path: Path, name: str | None = None, c: Coefficient = 1.0, strict_base: bool = True) -> Adapter:
+    def from_checkpoint(
+        cls, model: nn.Module, path: Path, name: str | None = None, c: Coefficient = 1.0, strict_base: bool = True
+    ) -> Adapter:
         """Attach the adapter in a file. `adapter = ll.load(model, "kind.safetensors")`. Needs no calibration.
 
         Everything is checked before the model is touched. Raises CheckpointError (a ValueError) listing what does not fit: keys,
@@ -341,7 +359,9 @@ class Adapter:
         linears = [n for n, m in model.named_modules() if is_linear(m)]
         contents = checkpoint.renamed(contents, linears)
         if missing := sorted(set(contents.tensors) - set(linears)):
-            raise checkpoint.CheckpointError(f"{path}: no linear layer of this {type(model).__name__} is named {missing[:5]} ({len(missing)} in all)")
+            raise checkpoint.CheckpointError(
+                f"{path}: no linear layer of this {type(model).__name__} is named {missing[:5]} ({len(missing)} in all)"
+            )
         layers = {t: model.get_submodule(t) for t in contents.tensors}
         layer_sizes = {t: sizes(layer) for t, layer in layers.items()}
         variant = variant_of(contents.config)
@@ -400,7 +420,9 @@ def check_base(path: Path, saved: dict[str, Any] | None, now: dict[str, Any] | N
     for warning in warnings:
         logger.warning("{}: {}", path, warning)
     if differences and strict:
-        raise checkpoint.CheckpointError(f"{path} was trained on another base: {'; '.join(differences)}. strict_base=False loads it all the same")
+        raise checkpoint.CheckpointError(
+            f"{path} was trained on another base: {'; '.join(differences)}. strict_base=False loads it all the same"
+        )
     if differences:
         logger.warning("{} was trained on another base: {}", path, "; ".join(differences))
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_lite import compiled, recompute
-from lora_lite.config import AdapterConfig
 from lora_lite.base import is_linear, refusal, sizes, transposed
+from lora_lite.config import AdapterConfig
 from lora_lite.dial import Dial
 from lora_lite.hooks import HOOKS, Hook, hooks_on
 from lora_lite.target import Target
@@ -125,7 +125,13 @@ def check_free(model: nn.Module, name: str, targets: Iterable[Target], fields: M
                 raise ValueError(f"{target.name} already has an attribute {on_layer!r} that is not ours; pass another name=")
 
 
-def place(model: nn.Module, shared: Shared, targets: Iterable[Target], tensors: Mapping[str, Mapping[str, Parameter]], also: Mapping[str, Parameter]) -> None:
+def place(
+    model: nn.Module,
+    shared: Shared,
+    targets: Iterable[Target],
+    tensors: Mapping[str, Mapping[str, Parameter]],
+    also: Mapping[str, Parameter],
+) -> None:
     """Parameters onto layers, one hook each, the base frozen: all of it, or the model as it was."""
     targets = list(targets)
     try:
@@ -191,21 +197,29 @@ def fresh_parameter(value: Tensor, like: Tensor, trainable: bool) -> Parameter:
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module itself where torch.compile wrapped it. Raises RuntimeError for wrappers that must come after the adapter."""
     if isinstance(model, torch.nn.parallel.DistributedDataParallel) or type(model).__name__ == "FullyShardedDataParallel":
-        raise RuntimeError(f"attach before wrapping in {type(model).__name__}: gradients of what comes later are never reduced between ranks")
+        raise RuntimeError(
+            f"attach before wrapping in {type(model).__name__}: gradients of what comes later are never reduced between ranks"
+        )
     return getattr(model, "_orig_mod", model)
 
 
 def targets_by_name(model: nn.Module, layer_sizes: Mapping[str, tuple[int, int]]) -> list[Target]:
     """The named layers of a model as targets. Raises RuntimeError listing all that are missing or of another size."""
     modules = dict(model.named_modules())
-    wrong = {t: modules.get(t) for t in layer_sizes if t not in modules or not is_linear(modules[t]) or sizes(modules[t]) != tuple(layer_sizes[t])}
+    wrong = {
+        t: modules.get(t)
+        for t in layer_sizes
+        if t not in modules or not is_linear(modules[t]) or sizes(modules[t]) != tuple(layer_sizes[t])
+    }
     if wrong:
         found = {t: "nothing" if m is None else repr(m) for t, m in list(wrong.items())[:5]}
         raise RuntimeError(f"{len(wrong)} of {len(layer_sizes)} targets do not fit this {type(model).__name__}: {found}")
     return [Target(name=t, module=modules[t], d_in=s[0], d_out=s[1]) for t, s in layer_sizes.items()]
 
 
-def check_layers(model: nn.Module, name: str, targets: Sequence[Target], variant: type[Variant], specs: Mapping[str, Mapping[str, Any]]) -> None:
+def check_layers(
+    model: nn.Module, name: str, targets: Sequence[Target], variant: type[Variant], specs: Mapping[str, Mapping[str, Any]]
+) -> None:
     ledger = ledger_of(model)
     hooked = {hook.shared.name for _, _, hook in all_hooks(model)}
     if merged := [n for n in ledger.holders if n not in hooked]:

@@ -79,7 +79,7 @@ def notice_hooks() -> None:
         logger.info("hooks changed: compiled code was dropped and will be compiled again when called")
 
 
-def _compiled_code(dynamo) -> bool:  # noqa: ANN001
+def _compiled_code(dynamo) -> bool:
     frames, caches = dynamo.convert_frame, dynamo.eval_frame
     try:
         return any(caches._debug_get_cache_entry_list(code) for code in frames.input_codes.seen)

@@ -33,7 +33,16 @@ class Hook:
     site = "output"
 
     def __init__(
-        self, dial: Dial, path: str, fields: Mapping[str, str], trained: tuple[str, ...], variant: Any, cfg: Any, base: Any, routed: bool, shared: Any
+        self,
+        dial: Dial,
+        path: str,
+        fields: Mapping[str, str],
+        trained: tuple[str, ...],
+        variant: Any,
+        cfg: Any,
+        base: Any,
+        routed: bool,
+        shared: Any,
     ) -> None:
         self.dial, self.path, self.routed, self.shared = dial, path, routed, shared
         self.fields, self.trained = tuple(fields.items()), trained
@@ -126,7 +135,7 @@ class OutputHook(Hook):
 
     def delta(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
         base = self.base.read(layer, x.dtype if y is None else y.dtype)
-        p = self.variant.prepare(self.cfg, self.tensors(layer), base)
+        p = self.variant.prepare(self.cfg, self.tensors(layer), base, c)
         dtype = x.dtype
         return self.variant.delta(self.cfg, {k: v if v.dtype is dtype else v.to(dtype) for k, v in p.items()}, x, y, base, c)
 

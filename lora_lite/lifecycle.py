@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lora_lite.adapter import Adapter, Path, handle_of
+from lora_lite.adapter import Adapter, Path, check_name, handle_of
 from lora_lite.attachment import Shared, all_hooks, check_layers, fresh_parameter, unwrapped
 from lora_lite.base import fingerprint
 from lora_lite.config import AdapterConfig, as_patterns
@@ -48,7 +48,9 @@ def attach(
     model = unwrapped(model)
     if isinstance(config, Adapter):
         if calibration_data is not None or train_also or seed is not None or exclude_directions:
-            raise ValueError("a made adapter is put back as it is: calibration_data, train_also, seed and exclude_directions are for a fresh one")
+            raise ValueError(
+                "a made adapter is put back as it is: calibration_data, train_also, seed and exclude_directions are for a fresh one"
+            )
         return config.put_on(model, name, c)
     variant = variant_of(config)
     name = check_name("default" if name is None else name)

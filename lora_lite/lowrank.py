@@ -55,5 +55,7 @@ def stack(updates: Sequence[LowRank]) -> LowRank:
     """The sum of updates as one, exactly: ranks are concatenated, gains become one number per rank."""
     if len(updates) == 1:
         return updates[0]
-    gains = [torch.as_tensor(u.g, dtype=torch.float32 if not isinstance(u.g, Tensor) else None, device=u.A.device).expand(u.r) for u in updates]
+    gains = [
+        torch.as_tensor(u.g, dtype=torch.float32 if not isinstance(u.g, Tensor) else None, device=u.A.device).expand(u.r) for u in updates
+    ]
     return LowRank(torch.cat([u.A for u in updates]), torch.cat([u.B for u in updates], dim=1), torch.cat(gains))

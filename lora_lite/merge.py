@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_lite import compiled
-from lora_lite.base import dense_weight
+from lora_lite.base import dense_weight, transposed
 from lora_lite.hooks import Hook, LowRankHook
 
 
@@ -38,7 +38,7 @@ def folded(layer: nn.Module, hook: Hook, c: float) -> Folded:
     else:
         new_W, new_b = _measured(layer, hook, c, W.to(wide), b)
     new_W = new_W.to(W.dtype)
-    stored = new_W if isinstance(layer, nn.Linear) else new_W.T.contiguous()  # Conv1D keeps (d_in, d_out)
+    stored = new_W.T.contiguous() if transposed(layer) else new_W
     return Folded(_frozen(stored), None if new_b is None or bias is None else _frozen(new_b.to(bias.dtype)))
 
 
@@ -55,7 +55,6 @@ def _measured(layer: nn.Module, hook: Hook, c: float, W: Tensor, b: Tensor | Non
     finally:
         hook.dial.training = training
     return (out[:-1] - out[-1]).T.contiguous(), None if b is None else out[-1]
-
 
 
 def _frozen(tensor: Tensor) -> Parameter:

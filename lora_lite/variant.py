@@ -137,8 +137,11 @@ class Variant:
         raise NotImplementedError
 
     @staticmethod
-    def prepare(cfg: Any, p: Params, base: Base) -> Params:
-        """Other forms: what `delta` needs, computed in the stored precision before the runtime casts it to x's dtype."""
+    def prepare(cfg: Any, p: Params, base: Base, c: float | Tensor) -> Params:
+        """Other forms: what `delta` needs, computed in the stored precision before the runtime casts it to x's dtype.
+
+        Takes c for methods it enters nonlinearly (a rotation by c·theta): a float, or (*batch, 1) to broadcast against x.
+        """
         return p
 
     @staticmethod

@@ -98,7 +98,7 @@ def test_the_sdist_holds_each_source_once(built: Path):
 
 
 def test_importing_is_light():
-    heavy = ("transformers", "matplotlib", "peft", "typer", "rich", "tqdm", "torch._dynamo", "torch._inductor")
+    heavy = ("transformers", "matplotlib", "peft", "typer", "rich", "torch._dynamo", "torch._inductor")
     before = f"import sys, torch; before = {{m for m in {heavy!r} if m in sys.modules}}; "
     assert python(before + f"import lora_lite; print(sorted({{m for m in {heavy!r} if m in sys.modules}} - before))") == "[]"
 
@@ -164,3 +164,58 @@ def test_every_make_target_in_the_documents_exists(document: str):
     rules = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     named = set(re.findall(r"`make ([a-z-]+)", (ROOT / document).read_text()))
     assert named and named <= rules
+
+
+WORKED = """
+import lora_lite as ll
+from torch import nn
+model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+x = torch.randn(7, 6)
+base = model(x)
+data = {"0": torch.randn(20, 6), "2": torch.randn(20, 5)}
+for config, seen in ((LoRAXSConfig(r=4, alpha=2.0), None), (ScaledLoRAXSConfig(r=4, alpha=2.0), data)):
+    adapter = ll.attach(model, config, calibration_data=seen, seed=0)
+    assert torch.equal(model(x), base) and adapter.num_parameters() == 4 * 4 + 3 * 3
+    model(x).square().sum().backward()
+    for p in adapter.parameters():
+        assert p.grad.any()
+        p.data -= 0.1 * p.grad
+    A, B, g = adapter.factors()["0"]
+    W = model[0].weight.detach()
+    assert (B @ A).abs().max() > 1e-3
+    moved = model(x)
+    with adapter.merged():
+        assert torch.allclose(model(x), moved, atol=1e-6)
+    adapter.save(folder + "/it.safetensors")
+    adapter.detach()
+    assert torch.equal(model(x), base)
+    again = ll.load(model, folder + "/it.safetensors")
+    assert torch.equal(model(x), moved)
+    again.detach()
+print(sorted(adapter.diagnostics))
+"""
+
+
+def test_the_worked_variant_is_short_and_keeps_the_promises(tmp_path: Path):
+    worked, calibrated = blocks("DEVELOPER.md")
+    assert len(worked.splitlines()) < 60
+    (tmp_path / "worked.py").write_text(f"{worked}\n{calibrated}\nfolder = {str(tmp_path)!r}\n{WORKED}")  # a variant is a file
+    assert python(f"import runpy; runpy.run_path({str(tmp_path / 'worked.py')!r})") == "['kept_energy']"
+
+
+def test_the_readme_runs_as_it_stands(tmp_path: Path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "What": 2, "a": 3, "kind": 4, "answer": 5, ".": 6}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(tmp_path / "model")
+    small = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 5, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**small, max_position_embeddings=64, pad_token_id=1)).save_pretrained(tmp_path / "model")
+
+    example, *more = blocks("README.md")
+    assert len([line for line in example.splitlines() if line]) == 10
+    code = "\n".join([example, *more]).replace('"Qwen/Qwen3-0.6B"', repr(str(tmp_path / "model")))
+    assert "Qwen" not in code
+    printed = python(code.replace("kind.safetensors", str(tmp_path / "kind.safetensors")).replace("\\n", "\n"))
+    assert "Adapter('default': lora r=16" in printed and "second" in printed

@@ -43,7 +43,7 @@ class DoRA(Variant):
         }
 
     @staticmethod
-    def prepare(cfg: DoRAConfig, p: Params, base: Base) -> Params:
+    def prepare(cfg: DoRAConfig, p: Params, base: Base, c: float | Tensor) -> Params:
         A, B, s = p["lora_A"], p["lora_B"], cfg.scaling
         W_norm, n, q = row_norms(base.weight, A.detach(), s * B.detach())
         gate = (p["lora_m"] - q / (W_norm + n)) / n  # m/n - 1

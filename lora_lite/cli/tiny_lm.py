@@ -1,0 +1,151 @@
+"""Where does a language model come from on a machine with no model? It is trained here, on the standard library, and cached."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from loguru import logger
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lora_lite.cli.corpus import Corpus
+
+END = "<|end|>"  # begins and ends every document
+FINGERPRINT = "tiny_lm.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the model, with the corpus. 0.87M parameters; README.md and docs have the minutes it takes."""
+
+    vocab: int = 1024
+    hidden: int = 128
+    intermediate: int = 352
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 2
+    context: int = 256
+    steps: int = 1200
+    rows: int = 24
+    length: int = 96
+    lr: float = 6e-3
+    warmup: float = 0.05
+    seed: int = 0
+
+    def fingerprint(self, corpus: Corpus) -> dict[str, object]:
+        return {**asdict(self), "corpus": corpus.digest(), "format": 1}
+
+
+def tiny_lm(folder: Path, corpus: Corpus, recipe: Recipe) -> Path:
+    """The folder, with a model in it that AutoModelForCausalLM and AutoTokenizer load. Trains when the cached one is not this one."""
+    wanted = recipe.fingerprint(corpus)
+    if cached(folder).get("recipe") == wanted:
+        logger.info("tiny model: cached in {}", folder)
+        return folder
+    tokenizer = train_tokenizer(corpus, recipe.vocab)
+    model, loss = train_model(tokenizer, corpus, recipe)
+    fresh = folder.with_name(f"{folder.name}.{os.getpid()}")  # complete or absent: an interrupted save must not look like a model
+    model.save_pretrained(fresh)
+    tokenizer.save_pretrained(fresh)
+    (fresh / FINGERPRINT).write_text(json.dumps({"recipe": wanted, "held_out_loss": loss}, indent=1))
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+    return folder
+
+
+def cached(folder: Path) -> dict:
+    """What the cache says of itself: {} where there is none, or a damaged one."""
+    try:
+        return json.loads((folder / FINGERPRINT).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def train_tokenizer(corpus: Corpus, vocab: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: every text can be written, none is unknown."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    size = min(sum(map(len, kind)) for kind in (corpus.prose, corpus.code))  # as much of one kind as of the other
+    bpe.train_from_iterator((d for kind in (corpus.prose, corpus.code) for d in first(kind, size)), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, padding_side="left", clean_up_tokenization_spaces=False
+    )
+
+
+def first(documents: tuple[str, ...], size: int) -> Iterator[str]:
+    """Documents spread over the whole corpus, about `size` characters of them."""
+    step = max(1, sum(map(len, documents)) // max(size, 1))
+    return iter(documents[::step])
+
+
+def stream(tokenizer: PreTrainedTokenizerFast, documents: tuple[str, ...]) -> Tensor:
+    """All documents end to end, END between them, in an order of their own: neighbours in a file are alike."""
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(0)).tolist()
+    ids = tokenizer([documents[i] for i in order], add_special_tokens=False)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids(END)
+    return torch.tensor([t for document in ids for t in (end, *document)] + [end])
+
+
+def config(recipe: Recipe) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=recipe.vocab, hidden_size=recipe.hidden, intermediate_size=recipe.intermediate, num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads, num_key_value_heads=recipe.kv_heads, max_position_embeddings=recipe.context,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+
+
+def train_model(tokenizer: PreTrainedTokenizerFast, corpus: Corpus, recipe: Recipe) -> tuple[LlamaForCausalLM, float]:
+    """The trained model and its held-out loss in nats per token, over both kinds. Half of each batch is prose, half code."""
+    torch.manual_seed(recipe.seed)
+    model = LlamaForCausalLM(config(recipe))
+    kept, held = corpus.split()
+    train = [stream(tokenizer, kept.prose), stream(tokenizer, kept.code)]
+    test = [stream(tokenizer, held.prose), stream(tokenizer, held.code)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.1, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.lr, total_steps=recipe.steps, pct_start=recipe.warmup, cycle_momentum=False, div_factor=20, final_div_factor=20
+    )
+    logger.info("tiny model: {:,} parameters, {:,} tokens", model.num_parameters(), sum(map(len, train)))
+    model.train()
+    with tqdm(range(recipe.steps), desc="train the tiny model", unit="step") as bar:
+        for step in bar:
+            loss = next_token_loss(model, windows(train, recipe))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.2f}")
+    return model.eval(), held_out_loss(model, test, recipe)
+
+
+def windows(streams: list[Tensor], recipe: Recipe) -> Tensor:
+    """(rows, length) tokens, an equal share from each stream, cut at random places."""
+    parts = []
+    for tokens in streams:
+        starts = torch.randint(len(tokens) - recipe.length, (recipe.rows // len(streams),))
+        parts.append(tokens[starts[:, None] + torch.arange(recipe.length)])
+    return torch.cat(parts)
+
+
+def next_token_loss(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, streams: list[Tensor], recipe: Recipe) -> float:
+    losses = [next_token_loss(model, t[: len(t) // recipe.length * recipe.length].view(-1, recipe.length)[:200]) for t in streams]
+    return float(torch.stack(losses).mean())
