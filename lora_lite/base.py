@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear  # nn.MultiheadAttention's out_proj
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 SAMPLES = 4  # weight values kept per layer: enough to tell two trainings apart, 40 kB of header for 448 layers
 FEW = 3  # names shown of a long list
@@ -54,8 +53,8 @@ def quantised(layer: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None or isinstance(weight, _dtensor()):
         return None
-    if _packages(type(weight)) & {"bitsandbytes", "torchao"} or is_traceable_wrapper_subclass(weight):
-        return type(weight).__name__
+    if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__ or _packages(type(weight)) & {"bitsandbytes", "torchao"}:
+        return type(weight).__name__  # a tensor that does its operators itself, as torchao's: most of them raise
     if not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:  # float8 means nothing without a scale kept elsewhere
         return f"{_name(weight.dtype)} weight"
     return None
@@ -90,7 +89,7 @@ def _unhookable(path: str, layer: nn.Module) -> str | None:
     if weight is not None and is_lazy(weight):
         return "it is lazy and has no size yet; run one forward of the model first"
     if _offloaded(layer):
-        return "its weight is offloaded by accelerate, which would carry the adapter's tensors off with it; load with a device_map that fits"
+        return "its weight is offloaded by accelerate, which would carry ours off with it; load with a device_map that fits"
     if weight is not None and weight.is_meta:
         return "its weight is on the meta device; load the weights, without offload to cpu or disk, and attach then"
     if "_fsdp_wrapped_module" in path.split("."):
@@ -121,7 +120,7 @@ def _unreadable(layer: nn.Module) -> str | None:
             "or load the model without quantisation"
         )
     if weight is None:
-        return "its weight is computed at each forward (parametrized); remove the parametrization, or use a method that never reads the weight"
+        return "its weight is computed at each forward (parametrized); use a method that never reads the weight (lora, ia3)"
     if weight.is_meta or is_lazy(weight):
         return "its weight is not in memory; load the weights first"
     return _sharded(weight) if isinstance(weight, _dtensor()) else None
@@ -223,11 +222,13 @@ def _compared(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[st
     both = {name: (old[name], new[name]) for name in old if name in new}
     comparable = {n: p for n, p in both.items() if p[0]["shape"] == p[1]["shape"]}
     blind = [n for n, (a, b) in comparable.items() if a["samples"] is None or b["samples"] is None]
+    reshaped = [f"{n} {a['shape']}, here {b['shape']}" for n, (a, b) in both.items() if n not in comparable]
+    changed = [_contents(n, a, b) for n, (a, b) in comparable.items() if n not in blind and not _same(a, b)]
     differences = [
-        *_architecture(saved.get("architecture"), now.get("architecture")),
+        *_architecture(saved["architecture"], now["architecture"]),
         *_several(len(old), "have no layer of that name", [n for n in old if n not in new]),
-        *_several(len(old), "have another shape", [f"{n} {p[0]['shape']}, here {p[1]['shape']}" for n, p in both.items() if n not in comparable]),
-        *_several(len(old), "hold other weights", [_contents(n, *p) for n, p in comparable.items() if n not in set(blind) and not _same(*p)]),
+        *_several(len(old), "have another shape", reshaped),
+        *_several(len(old), "hold other weights", changed),
     ]
     return differences, _several(len(old), "are quantised or computed, then or now, so that their contents cannot be compared", blind)
 
@@ -241,7 +242,7 @@ def _an(noun: str | None) -> str:
 
 
 def _several(total: int, what: str, which: Iterable[str]) -> list[str]:
-    """"3 of 14 targets have another shape: a, b, c", or nothing."""
+    """As one sentence, "3 of 14 targets have another shape: a, b, c", or nothing."""
     which = list(which)
     more = ", ..." if len(which) > FEW else ""
     return [f"{len(which)} of {total} targets {what}: {', '.join(which[:FEW])}{more}"] if which else []

@@ -5,10 +5,11 @@ Knows models, targets and observers; no variants. `stream(model, layers, widths,
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -49,9 +50,9 @@ class Watched(NamedTuple):
 
     def feed(self, x: Float[Tensor, "n d_in"], group: str) -> None:
         device = next((p.device for p in self.layer.parameters()), x.device)
-        with torch.autocast(device.type, enabled=False):  # statistics keep their own precision
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # statistics keep their own precision
             for start in range(0, len(x), ROWS):
-                self.observer.update(x[start : start + ROWS].detach().to(device), group)
+                self.observer.update(x[start : start + ROWS].to(device), group)
 
 
 def stream(
@@ -283,11 +284,15 @@ class Padding:
 
 
 def moved(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on the model's device."""
+    """The batch with its tensors on the model's device; containers keep their types (a model reads its encoder_outputs[0])."""
     if isinstance(batch, Tensor):
         return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, MutableMapping):
+        new = copy.copy(batch)
+        for key, value in batch.items():  # a ModelOutput refuses update()
+            new[key] = moved(value, device)
+        return new
     if isinstance(batch, list | tuple):
-        return [moved(value, device) for value in batch]
+        values = [moved(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch

@@ -21,7 +21,7 @@ _TAGS = tuple(tag for tag in (getattr(torch.Tag, "cudagraph_unsafe", None),) if 
 @torch.library.custom_op("lora_lite::coefficient", mutates_args=(), schema="(Tensor x, int key, bool routed) -> Tensor", tags=_TAGS)
 def _coefficient(x: Tensor, key: int, routed: bool) -> Tensor:
     setting = by_key(key).setting()
-    c = setting.rows(x, routed, "a compiled layer") if setting.tensor else torch.tensor(setting.c)
+    c = setting.rows(x, routed, "a compiled layer") if setting.tensor else setting.cell
     shape = (*x.shape[:-1], 1)
     return c.to(device=x.device, dtype=_wide(x)).expand(shape).contiguous()
 

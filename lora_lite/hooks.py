@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_lite import compiled
-from lora_lite.dial import DIALS, Dial, Setting, current_task
+from lora_lite.dial import DIALS, Dial, current_task
 from lora_lite.lowrank import LowRank
 
 FEW_ROWS = 8  # up to here two small kernels beat addmm's set-up: 1.146x against 1.178x of the base at one token, CORE.md section 6
@@ -102,36 +102,38 @@ class Hook:
         """What comes out of this hook at c: y changed, or x changed at an input site. No zero rule, no ambient state."""
         raise NotImplementedError
 
-    def now(self, layer: nn.Module, x: Tensor, y: Tensor | None) -> Tensor | None:
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor | None = None) -> Any:
         """`apply` at the c that is in force, under the zero rule: c = 0 keeps the base's bits (CORE.md section 2)."""
-        old = x if y is None else y
+        x = args[0] if args else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
-            c, zero = compiled.coefficient(self.dial, x, self.routed, self.path)
-            new = self.apply(layer, x, y, c)
-            return new if zero is None else torch.where(zero, old, new)
+            return self.traced(layer, x, y)
         stack = DIALS.get().get(self.dial)
-        setting: Setting = stack[-1] if stack else self.dial.rest
+        setting = stack[-1] if stack else self.dial.rest
         if setting.task != current_task():
             self.dial.stale(setting)
         if setting.off:
-            return self.anchored(layer, old)
+            return self.anchored(layer, x if y is None else y)
         if not setting.tensor:
             return self.apply(layer, x, y, setting.c)
         c = setting.rows(x, self.routed, self.path)
         new = self.apply(layer, x, y, c)
-        return torch.where(c == 0, old, new) if setting.zeros else new
+        return torch.where(c == 0, x if y is None else y, new) if setting.zeros else new
+
+    def traced(self, layer: nn.Module, x: Tensor, y: Tensor | None) -> Tensor:
+        """The same inside a graph being compiled: c is a tensor there, and no branch may look at it."""
+        c, zero = compiled.coefficient(self.dial, x, self.routed, self.path)
+        new = self.apply(layer, x, y, c)
+        return new if zero is None else torch.where(zero, x if y is None else y, new)
 
 
 class OutputHook(Hook):
     """form "output": y + delta(x, y)."""
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        return self.now(layer, args[0] if args else next(iter(kwargs.values())), y)
-
     def apply(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
+        assert y is not None
         kept = self.dropped(layer, x)
         seen = y if kept is x else layer.forward(kept)  # the method's own W·dropout(x), as published
-        return y + self.delta(layer, kept, seen, c).to(y.dtype)  # type: ignore[union-attr]
+        return y + self.delta(layer, kept, seen, c).to(y.dtype)
 
     def delta(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
         base = self.base.read(layer, x.dtype if y is None else y.dtype)
@@ -145,13 +147,11 @@ class InputHook(OutputHook):
 
     site = "input"
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:  # type: ignore[override]
-        if args:
-            x = self.now(layer, args[0], None)
-            return None if x is None else ((x, *args[1:]), kwargs)
-        name = next(iter(kwargs))
-        x = self.now(layer, kwargs[name], None)
-        return None if x is None else (args, {**kwargs, name: x})
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor | None = None) -> Any:
+        x = super().__call__(layer, args, kwargs)
+        if x is None:
+            return None
+        return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
     def apply(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
         return x + self.delta(layer, x, None, c).to(x.dtype)
@@ -160,12 +160,10 @@ class InputHook(OutputHook):
 class LowRankHook(Hook):
     """form "low-rank": y + c B diag(g) A x."""
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        return self.now(layer, args[0] if args else next(iter(kwargs.values())), y)
-
     def apply(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
-        update = self.variant.factors(self.cfg, self.tensors(layer), self.base.sizes)
-        return add_low_rank(y, self.dropped(layer, x), update, c)  # type: ignore[arg-type]
+        here = layer._parameters
+        update = self.variant.factors(self.cfg, {field: here[name] for field, name in self.fields}, self.base.sizes)
+        return add_low_rank(y, self.dropped(layer, x) if self.dropout else x, update, c)  # type: ignore[arg-type]
 
 
 def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor) -> Tensor:

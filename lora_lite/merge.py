@@ -17,6 +17,7 @@ from torch.nn import Parameter
 from lora_lite import compiled
 from lora_lite.base import dense_weight, transposed
 from lora_lite.hooks import Hook, LowRankHook
+from lora_lite.lowrank import LowRank
 
 
 class Folded(NamedTuple):
@@ -33,8 +34,8 @@ def folded(layer: nn.Module, hook: Hook, c: float) -> Folded:
     wide = torch.promote_types(W.dtype, torch.float32)
     b = None if bias is None else bias.to(wide)
     if isinstance(hook, LowRankHook):
-        update = hook.variant.factors(hook.cfg, hook.tensors(layer), hook.base.sizes).scaled(c)
-        new_W, new_b = W.to(wide) + update.dense().to(wide), b
+        A, B, g = hook.variant.factors(hook.cfg, hook.tensors(layer), hook.base.sizes)
+        new_W, new_b = W.to(wide) + LowRank(A.to(wide), B.to(wide), c * g).dense(), b
     else:
         new_W, new_b = _measured(layer, hook, c, W.to(wide), b)
     new_W = new_W.to(W.dtype)

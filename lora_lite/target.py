@@ -6,6 +6,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -72,6 +73,8 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
     if problems := search.problems():
         asked = f"targets={cfg.targets!r}, exclude={cfg.exclude!r}, {band_of(cfg)}, roles={cfg.roles!r}"
         raise RuntimeError(f"{type(model).__name__}: {'; '.join(problems)}. Asked for: {asked}")
+    if unknown := search.unknown_roles():
+        logger.warning("roles={}: left out {} linears whose role is unknown: {}", cfg.roles, len(unknown), _names(unknown))
     return Targets(search.chosen)
 
 
@@ -99,8 +102,7 @@ def places(model: nn.Module) -> dict[str, Place | None]:
 def is_stack(module: nn.Module) -> bool:
     """A list of blocks: an nn.ModuleList, or an nn.Sequential of two or more modules of one class that have parts."""
     if isinstance(module, nn.Sequential):
-        children = list(module.children())
-        return len(module._modules) > 1 and len({type(child) for child in children}) == 1 and bool(children[0]._modules)
+        return len(module) > 1 and len({type(child) for child in module}) == 1 and all(child._modules for child in module)
     return isinstance(module, nn.ModuleList)
 
 
@@ -126,13 +128,13 @@ READERS = """
     in_proj_a in_proj_b q_a_proj kv_a_proj_with_mqa receptance
     gate up gate_proj up_proj gate_up_proj fc1 fc_in c_fc dense_h_to_4h w1 w3 w12 wi wi_0 wi_1 Wi lin1 linear1 ffn ff_proj pwconv1
     intermediate_dense intermediate.dense shared_expert_gate feed_forward.key
-""".split()
+"""
 WRITERS = """
     o o_proj wo Wo out_proj out_lin attn_out c_proj to_out to_out.0 attn.proj attention.output
     attention.dense self_attention.dense self_attn.dense output.dense
     down down_proj fc2 fc_out dense_4h_to_h w2 lin2 linear2 ffn_output ff_out pwconv2 output_dense feed_forward.value
-""".split()
-ROLE_OF = dict.fromkeys(READERS, "reader") | dict.fromkeys(WRITERS, "writer")
+"""
+ROLE_OF: dict[str, str] = dict.fromkeys(READERS.split(), "reader") | dict.fromkeys(WRITERS.split(), "writer")
 
 
 def named_role(path: str) -> str | None:
@@ -170,33 +172,41 @@ class Search:
 
     def __init__(self, model: nn.Module, cfg: AdapterConfig) -> None:
         self.model, self.cfg = model, cfg
+        self.patterns = (cfg.targets,) if isinstance(cfg.targets, str) else cfg.targets
         self.modules = dict(model.named_modules())
-        self.patterns = () if cfg.targets == ALL else (cfg.targets,) if isinstance(cfg.targets, str) else cfg.targets
-        self.linears = {t.name: t for t in linear_layers(model)}
-        aliases = shared_modules(model, self.modules) if cfg.exclude else {}
-        self.allowed_names = {n for n in self.linears if not any(re.search(p, a) for p in cfg.exclude for a in (n, *aliases.get(n, ())))}
-        self.asked = self._asked()
-        self.allowed = [t for t in self.asked if t.name in self.allowed_names]
+        self.linears = list(linear_layers(model))
+        self.names = [t.name for t in self.linears]
+        self.outputs = output_embeddings(self.modules)
+        self.aliases = shared_modules(model, self.modules)
+        self.asked = [t for t in self.linears if any(self.meant(p, t) for p in self.patterns)]
+        self.allowed = [t for t in self.asked if not self.excluded(t.name)]
         self.within = [t for t in self.allowed if t.depth is None or in_band(cfg, t.depth, t.blocks or 0)]
         self.chosen = [t for t in self.within if cfg.roles is None or t.role in cfg.roles]
 
-    def _asked(self) -> list[Target]:
-        if not self.patterns:
-            outputs = output_embeddings(self.modules)
-            return [t for t in self.linears.values() if not any(t.module is output for output in outputs)]
-        return [t for n, t in self.linears.items() if any(re.search(p, n) for p in self.patterns)]
+    def meant(self, pattern: str, target: Target) -> bool:
+        if pattern == ALL:
+            return not any(target.module is output for output in self.outputs)
+        return re.search(pattern, target.name) is not None
 
-    def matching(self, pattern: str | None, among: Iterable[Target]) -> list[Target]:
-        return [t for t in among if pattern is None or re.search(pattern, t.name)]
+    def excluded(self, name: str) -> bool:
+        """By any of its names: who excludes the decoder does not want a module changed that the encoder shares with it."""
+        return any(re.search(p, n) for p in self.cfg.exclude for n in (name, *self.aliases.get(name, ())))
+
+    def matching(self, pattern: str, among: Iterable[Target]) -> list[Target]:
+        return [t for t in among if self.meant(pattern, t)]
+
+    def unknown_roles(self) -> list[Target]:
+        """Linears of the blocks that a choice of roles leaves out only because nothing is known of them."""
+        return [t for t in self.within if self.cfg.roles and t.role is None and t.depth is not None]
 
     # -- what went wrong, in words; empty when nothing did
 
     def problems(self) -> list[str]:
         if empty := self._empty_band():
             return empty
-        each = [self._why_nothing(p) for p in self.patterns or (None,) if not self.matching(p, self.chosen)]
-        found = [*each, *self._dead()]
-        return found or [*self._idle_keys(), *self._unknown_roles()]
+        found = [self._why_nothing(p) for p in self.patterns if not self.matching(p, self.chosen)]
+        found += [said for p in self.patterns if self.matching(p, self.chosen) and (said := self._dead(p))]
+        return found or self._idle_keys()
 
     def _stacks(self) -> dict[str, int]:
         return {t.stack: t.blocks for t in self.allowed if t.stack is not None and t.blocks is not None}
@@ -214,71 +224,69 @@ class Search:
             return [f"{band_of(cfg)} holds no block: int(n*lo) <= i < int(n*hi) is {spans}; widen it, or give layers=(i, ...)"]
         return []
 
-    def _why_nothing(self, pattern: str | None) -> str:
-        """Which condition took away what a regex (or, as None, "all-linear") matches."""
-        what = repr(pattern or ALL)
-        asked = self.matching(pattern, self.asked)
+    def _why_nothing(self, pattern: str) -> str:
+        """Which condition took away what a regex (or "all-linear") matches."""
+        asked, allowed, within = (self.matching(pattern, stage) for stage in (self.asked, self.allowed, self.within))
         if not asked:
             return self._unmatched(pattern)
-        if not (allowed := self.matching(pattern, self.allowed)):
-            return f"{what} matches only what exclude={self.cfg.exclude!r} leaves out: {_names(asked)}"
-        if not (within := self.matching(pattern, self.within)):
-            blocks = sorted({t.depth for t in allowed if t.depth is not None})
-            return f"{what} matches only outside {band_of(self.cfg)}, in blocks {_few(blocks)}: {_names(allowed)}"
-        roles = _few(f"{t.name} ({t.role or 'role unknown'})" for t in within)
-        return f"{what} matches no {' or '.join(self.cfg.roles or ())}: {roles}; the role is known by name or shape, else use targets"
+        if not allowed:
+            return f"{pattern!r} matches only what exclude={self.cfg.exclude!r} leaves out: {_names(asked)}"
+        if not within:
+            found = _few(f"{t.name} (block {_block(t)})" for t in allowed)
+            return f"{pattern!r} matches only outside {band_of(self.cfg)}: {found}"
+        found = _few(f"{t.name} ({t.role or 'role unknown'})" for t in within)
+        return f"{pattern!r} matches no {' or '.join(self.cfg.roles or ())}: {found}; choose by targets instead of roles"
 
-    def _unmatched(self, pattern: str | None) -> str:
-        if pattern is None:
-            return "it holds no linear layers" if not self.linears else f"its only linear is the output embedding: {_names(self.linears.values())}"
-        said = [self._dead_hit(pattern), self._alias(pattern), self._other_modules(pattern), self._parameters(pattern), self._experts(pattern)]
-        reason = next((s for s in said if s), None) or f"{pattern!r} matches no module; {nearest(pattern, list(self.linears))}"
-        return reason
+    def _unmatched(self, pattern: str) -> str:
+        if pattern == ALL:
+            return f"its only linear is the output embedding, {_few(self.names)}" if self.names else self._none_at_all()
+        for explain in (self._dead, self._alias, self._other_modules, self._parameters, self._experts):
+            if said := explain(pattern):
+                return said
+        return f"{pattern!r} matches no module; {nearest(pattern, self.names)}"
 
-    def _dead(self) -> list[str]:
-        """Layers asked for by a regex, beside others, that never run: dropping them would be silent."""
-        return [] if not self.patterns else [s for p in self.patterns if self.matching(p, self.chosen) and (s := self._dead_hit(p))]
+    def _none_at_all(self) -> str:
+        return "it is itself a linear layer, without a name; wrap it in a module" if is_linear(self.model) else "it holds no linear layers"
 
-    def _dead_hit(self, pattern: str) -> str | None:
-        hits = [n for n, m in self.modules.items() if never_called(m) and re.search(pattern, n) and not self._excluded(n)]
+    def _dead(self, pattern: str) -> str | None:
+        """A layer asked for by name that never runs: dropping it would be silent."""
+        hits = [n for n, m in self.modules.items() if never_called(m) and pattern != ALL and re.search(pattern, n) and not self.excluded(n)]
         if not hits:
             return None
         return (
-            f"{pattern!r} matches {_few(hits)}, which is never called (nn.MultiheadAttention reads its weight itself), so an adapter there "
-            f"would do nothing; choose other linears, or add {re.escape(hits[0])!r} to exclude"
+            f"{pattern!r} matches {_few(hits)}, which is never called (nn.MultiheadAttention reads its weight itself), so an adapter "
+            f"there would do nothing; choose other linears, or add {re.escape(hits[0])!r} to exclude"
         )
 
-    def _excluded(self, name: str) -> bool:
-        return any(re.search(p, name) for p in self.cfg.exclude)
-
     def _alias(self, pattern: str) -> str | None:
-        for name, others in shared_modules(self.model, self.modules).items():
-            for other in others:
-                if name in self.linears and re.search(pattern, other):
-                    return f"{pattern!r} matches {other}, which is the same module as {name}; use that name"
-        return None
+        hits = {name: other for name in self.names for other in self.aliases.get(name, ()) if re.search(pattern, other)}
+        same = (f"{other}, which is the same module as {name}; use that name" for name, other in hits.items())
+        return f"{pattern!r} matches {next(same)}" if hits else None
 
     def _other_modules(self, pattern: str) -> str | None:
-        hits = {n: m for n, m in self.modules.items() if n and n not in self.linears and re.search(pattern, n)}
+        found = {n: m for n, m in self.modules.items() if n and n not in self.names and re.search(pattern, n)}
+        hits = {n: m for n, m in found.items() if n.rpartition(".")[0] not in found}  # the outermost say enough
         if not hits:
             return None
         names = _few(f"{n} ({type(m).__name__}{_thick(m)})" for n, m in hits.items())
-        beneath = [n for n in self.linears if any(n.startswith(f"{hit}.") for hit in hits)]
-        under = f"the linears under it: {_few(beneath)}" if beneath else nearest(pattern, list(self.linears))
+        beneath = [n for n in self.names if any(n.startswith(f"{hit}.") for hit in hits)]
+        under = f"the linears under it: {_few(beneath)}" if beneath else nearest(pattern, self.names)
         return f"{pattern!r} matches no linear layer, only {names}; {under}"
 
     def _parameters(self, pattern: str) -> str | None:
         hits = [f"{n} {tuple(p.shape)}" for n, p in self.model.named_parameters() if re.search(pattern, n)]
         if not hits:
             return None
-        return f"{pattern!r} matches no linear layer, only parameters: {_few(hits)}; {nearest(pattern, list(self.linears))}"
+        return f"{pattern!r} matches no linear layer, only parameters: {_few(hits)}, which no linear holds; {nearest(pattern, self.names)}"
 
     def _experts(self, pattern: str) -> str | None:
         """Names from before transformers 5, when each expert was a module of linears."""
         if "expert" not in pattern:
             return None
         hits = [f"{n} ({type(m).__name__}{held})" for n, m in self.modules.items() if "expert" in n and (held := _thick(m))]
-        return f"{pattern!r} matches nothing, because the experts hold no linears: {_few(hits)}; adapt the attention instead" if hits else None
+        if not hits:
+            return None
+        return f"{pattern!r} matches nothing, because the experts hold no linears: {_few(hits)}; adapt the attention instead"
 
     def _idle_keys(self) -> list[str]:
         """Keys of the per-layer tables that match no target, by the rule that applies them."""
@@ -289,38 +297,30 @@ class Search:
                     found.append(f"{table} has {key!r}, which matches the end of no target's path; {nearest(key, names)}")
         return found
 
-    def _unknown_roles(self) -> list[str]:
-        unknown = [t for t in self.within if t.role is None and t.depth is not None]
-        if self.cfg.roles and unknown:
-            logger.warning("roles={}: left out {} linears whose role is unknown: {}", self.cfg.roles, len(unknown), _names(unknown))
-        return []
-
 
 def linear_layers(model: nn.Module) -> Iterator[Target]:
     """Every linear of the model as a target, with its place and role; a module at two places once, under its first name."""
     place = places(model)
-    layers = {n: (m, sizes(m)) for n, m in model.named_modules() if is_linear(m)}
+    layers = {n: (m, sizes(m)) for n, m in model.named_modules() if n and is_linear(m)}
     stacks: dict[str, dict[str, tuple[int, int]]] = {}
     for name, (_, size) in layers.items():
         if where := place[name]:
             stacks.setdefault(where.stack, {})[name] = size
     width = {stack: width_of(members) for stack, members in stacks.items()}
     for name, (module, (d_in, d_out)) in layers.items():
-        where = place[name]
-        if where is None:
-            yield Target(name, module, d_in, d_out, role=named_role(name))
-        else:
+        if where := place[name]:
             yield Target(name, module, d_in, d_out, where.depth, where.blocks, where.stack, role_of(name, d_in, d_out, width[where.stack]))
+        else:  # beside a stack is what comes before or after the stream: RoBERTa's classifier.out_proj is no writer
+            yield Target(name, module, d_in, d_out, role=None if stacks else named_role(name))
 
 
 def output_embeddings(modules: Mapping[str, nn.Module]) -> list[Any]:
     """The output embeddings of a Hugging Face model, also inside a wrapper of the user's."""
     found = []
     for module in modules.values():
-        try:
-            found.append(module.get_output_embeddings())  # type: ignore[operator]
-        except (AttributeError, NotImplementedError, TypeError):  # not a Hugging Face model, or one without
-            continue
+        if ask := getattr(type(module), "get_output_embeddings", None):
+            with suppress(AttributeError, NotImplementedError):  # a backbone without
+                found.append(ask(module))
     return [output for output in found if output is not None]
 
 
@@ -357,7 +357,7 @@ def _plain(pattern: str) -> list[str]:
 
 
 def _thick(module: nn.Module) -> str:
-    """" holding 3-D parameters gate_up_proj (4, 64, 32), ..." of a module whose weights no linear holds, or ""."""
+    """Of a module whose weights no linear holds: ", holding its weights as gate_up_proj (4, 64, 32), not as linears"."""
     held = [f"{n} {tuple(p.shape)}" for n, p in module.named_parameters(recurse=False) if p.ndim > 2]
     return f", holding its weights as {_few(held)}, not as linears" if held else ""
 

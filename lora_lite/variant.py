@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
@@ -58,6 +58,7 @@ class Base(NamedTuple):
     bias: Tensor | None = None
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Streamed statistics of one target's input; memory must not grow with the number of tokens."""
 

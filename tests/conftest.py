@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
 
@@ -36,10 +36,13 @@ if any(name == "lora_lite" or name.startswith("lora_lite.") for name in sys.modu
     raise RuntimeError("lora_lite was imported before tests/conftest.py could install the typing hook; nothing of it would be checked")
 
 
+TYPED = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is welcome where a float is, as PEP 484 has it
+
+
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     """beartype, told not to look at `Self`: the hook decorates methods one by one, and beartype allows Self in whole classes only."""
     function.__annotations__ = {name: Any if mentions_self(hint) else hint for name, hint in function.__annotations__.items()}
-    return beartype(function)
+    return TYPED(function)
 
 
 def mentions_self(hint: object) -> bool:

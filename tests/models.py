@@ -71,13 +71,13 @@ def _finished(model: PreTrainedModel, dtype: torch.dtype, seed: int) -> Any:
     """Any, because generate() and keyword forwards are not visible on the union of classes."""
     model = model.double()
     refill(model, seed)
-    if model.generation_config is not None:  # random weights must not end a sequence early: lengths would differ by luck
+    if model.can_generate():  # random weights must not end a sequence early: lengths would differ by luck
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
     return model.to(dtype).eval()
 
 
-def llama(dtype: torch.dtype = torch.float32, seed: int = 0, hidden: int = 64, layers: int = 2) -> Any:
+def llama(dtype: torch.dtype = torch.float32, seed: int = 0, hidden: int = 64, layers: int = 2, attention: str = "eager") -> Any:
     """The Llama with biases of PEFT.md section 5: hidden 64, 4 heads on 2, intermediate 160, eager attention."""
     config = LlamaConfig(
         hidden_size=hidden,
@@ -89,7 +89,7 @@ def llama(dtype: torch.dtype = torch.float32, seed: int = 0, hidden: int = 64, l
         max_position_embeddings=64,
         attention_bias=True,
         mlp_bias=True,
-        attn_implementation="eager",
+        attn_implementation=attention,  # type: ignore[call-arg]  # taken by the base class
     )
     return _finished(LlamaForCausalLM(config), dtype, seed)
 
@@ -157,7 +157,8 @@ class Single(nn.Module):
 
     def __init__(self, linear: nn.Module, by_keyword: bool = False) -> None:
         super().__init__()
-        self.linear, self.by_keyword = linear, by_keyword
+        self.linear: Any = linear
+        self.by_keyword = by_keyword
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(input=x) if self.by_keyword else self.linear(x)

@@ -87,7 +87,7 @@ def test_one_graph_for_every_scalar_c_with_gradients(row: Row) -> None:
 def test_gradient_to_c(row: Row, value: float) -> None:
     model, adapter, x = setting(row)
     fast, _ = counted(model)
-    for c in (torch.tensor(value), torch.tensor([0.0, value, -1.0])):
+    for c in (torch.tensor(value, dtype=torch.float64), torch.tensor([0.0, value, -1.0], dtype=torch.float64)):
         c.requires_grad_()
         with adapter(model, c=c):
             found, wanted = fast(x), model(x)
@@ -223,7 +223,7 @@ def test_with_gradient_checkpointing(reentrant: bool) -> None:
         model = llama(torch.float64).train()
         adapter = randomise(attach(model, VARIANTS["lora"], dtype=torch.float64))
         if compile_it:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
         run = counted(model, fullgraph=False)[0] if compile_it else model
         with adapter(model, c=1.0):
             up = run(input_ids=token_ids(2, 6), use_cache=False).logits.square().mean()

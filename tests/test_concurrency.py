@@ -140,7 +140,7 @@ def test_interleaved_tasks_never_see_each_others_c(row: Row) -> None:
 
 
 @pytest.mark.slow
-@each_variant
+@each_kind
 def test_ten_thousand_calls_in_interleaved_tasks(row: Row) -> None:
     assert asyncio.run(wrong_in_tasks(Bench(row), tasks=16, calls=10_000)) == 0
 

@@ -101,7 +101,7 @@ def test_the_cache_changes_nothing(row: Row) -> None:
 
 @each_variant
 def test_left_padding_equals_no_padding(row: Row) -> None:
-    model = llama(torch.float64)
+    model = llama(torch.float64, attention="sdpa")  # transformers' eager attention makes NaN of a padded row in float64
     adapter, lengths = adapted(model, row), (5, 3, 4)
     mask = torch.stack([(torch.arange(5) >= 5 - n).long() for n in lengths])
     with adapter(model, c=ROWS):

@@ -69,7 +69,7 @@ def train(model: nn.Module, adapter: ll.Adapter, x: Tensor, steps: int = 2) -> N
         optimizer.step()
 
 
-def snapshot(model: nn.Module) -> dict[str, Any]:
+def snapshot(model: nn.Module, hook_numbers: bool = True) -> dict[str, Any]:
     """Everything that can be seen of a model, as plain values: which objects, which flags, which bits, in which order."""
 
     def tensor(value: Tensor | None) -> Any:
@@ -77,7 +77,8 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
 
     def module(m: nn.Module) -> dict[str, Any]:
         held = vars(m)
-        hooks = {k: list(v.items()) for k, v in held.items() if "hook" in k and isinstance(v, dict)}
+        tables = {k: v for k, v in held.items() if "hook" in k and isinstance(v, dict)}
+        hooks = {k: list(v.items() if hook_numbers else v.values()) for k, v in tables.items()}
         plain = {k: v for k, v in held.items() if isinstance(v, bool | int | float | str | None)}
         tensors = {k: tensor(v) for k, v in (*m._parameters.items(), *m._buffers.items())}
         return {"type": type(m), "id": id(m), "keys": list(held), "hooks": hooks, "plain": plain, "tensors": list(tensors.items())}
@@ -435,7 +436,7 @@ def test_gradients_reach_a_c_that_wants_them_also_at_zero(row: Row) -> None:
 @each_variant
 def test_row_c_equals_separate_runs(row: Row) -> None:
     model = llama(torch.float64)
-    adapter = randomise(attach(model, row))
+    adapter = randomise(attach(model, row, dtype=torch.float64))
     rows = torch.tensor([-1.5, 0.0, 0.5])
     with adapter(model, c=rows):
         together = logits(model)
@@ -450,7 +451,7 @@ def test_row_c_equals_separate_runs(row: Row) -> None:
 @each_variant
 def test_token_c_equals_separate_runs(row: Row) -> None:
     model = llama(torch.float64)
-    adapter = randomise(attach(model, row))
+    adapter = randomise(attach(model, row, dtype=torch.float64))
     tokens = torch.tensor([-1.5, 0.0, 0.5])[:, None].repeat(1, 7)
     tokens[:, 4:] = 1.25
     with adapter(model, c=tokens):
@@ -459,7 +460,7 @@ def test_token_c_equals_separate_runs(row: Row) -> None:
         assert_close(together[:, :4], logits(model)[:, :4])
         assert_differs(together[:, 4:], logits(model)[:, 4:])
     layer = single(dtype=torch.float64)
-    own, x = randomise(attach(layer, row)), normal(3, 7, 10, dtype=torch.float64)
+    own, x = randomise(attach(layer, row, dtype=torch.float64)), normal(3, 7, 10, dtype=torch.float64)
     with own(layer, c=tokens):
         mixed = layer(x)
     for t in range(7):
@@ -471,7 +472,7 @@ def test_token_c_equals_separate_runs(row: Row) -> None:
 @each_variant
 def test_causal_and_independent_of_the_batch(row: Row) -> None:
     model = llama(torch.float64)
-    randomise(attach(model, row))
+    randomise(attach(model, row, dtype=torch.float64))
     want, later = logits(model), IDS.clone()
     later[:, 5:] = (later[:, 5:] + 1) % 128
     assert_close(logits(model, later)[:, :5], want[:, :5], "tokens before the change")
@@ -487,22 +488,36 @@ def test_causal_and_independent_of_the_batch(row: Row) -> None:
 @each_variant
 def test_merged_equals_hooked_and_unmerging_is_bitwise(row: Row) -> None:
     model = llama()
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
     adapter = randomise(attach(model, row))
-    before = snapshot(model)
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)  # ours must come back between these two
+    before = snapshot(model, hook_numbers=False)
     for c in (1.0, -0.7, 0.0):
         with adapter(model, c=c):
             hooked = logits(model)
         with adapter.merged(c=c):
             assert_close(logits(model), hooked, f"merged at c={c}")
-        assert not changed(before, snapshot(model))
+            assert not [name for name, _ in model.named_parameters() if "lora_" in name], "merged, it is a plain model"
+        assert not changed(before, snapshot(model, hook_numbers=False))
     with pytest.raises(ZeroDivisionError), adapter.merged(c=1.0):
         raise ZeroDivisionError
-    assert not changed(before, snapshot(model))
+    assert not changed(before, snapshot(model, hook_numbers=False))
     hooked = logits(model)
     adapter.merge(c=1.0)
     assert_close(logits(model), hooked)
     adapter.unmerge()
-    assert not changed(before, snapshot(model)) and same_bits(logits(model), hooked)
+    assert not changed(before, snapshot(model, hook_numbers=False)) and same_bits(logits(model), hooked)
+
+
+@each_variant
+def test_detaching_while_merged_restores_everything(row: Row) -> None:
+    model = mlp()
+    mixed_flags(model)
+    before = snapshot(model)
+    adapter = randomise(attach(model, row))
+    adapter.merge(c=0.7)
+    adapter.detach()
+    assert not changed(before, snapshot(model))
 
 
 @each_dtype

@@ -104,7 +104,7 @@ def peft_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 @lru_cache
 def peft_run(name: str) -> tuple[Run, dict[str, dict[str, Tensor]]]:
     """PEFT's run with its tensors drawn at random, and those tensors as this library stores them (l - 1, m - |W|)."""
-    model = get_peft_model(copy.deepcopy(base()), CASES[name].peft()).double().eval()
+    model: Any = get_peft_model(copy.deepcopy(base()), CASES[name].peft()).double().eval()
     parameters = peft_parameters(model.base_model.model)
     draw = generator(5)
     with torch.no_grad():
@@ -239,7 +239,9 @@ class PissaRuns(NamedTuple):
 @lru_cache
 def pissa_runs() -> PissaRuns:
     dtype, r, alpha = torch.float32, 4, 6.0
-    peft_model = get_peft_model(copy.deepcopy(base(dtype)), LoraConfig(r=r, lora_alpha=6, target_modules=NAMES, init_lora_weights="pissa"))
+    peft_model: Any = get_peft_model(
+        copy.deepcopy(base(dtype)), LoraConfig(r=r, lora_alpha=6, target_modules=NAMES, init_lora_weights="pissa")
+    )
     theirs, draw = peft_parameters(peft_model.eval().base_model.model), generator(7)
     model = copy.deepcopy(base(dtype))
     ll.attach(model, ll.PiSSAConfig(r=r, alpha=alpha, targets=TARGETS))

@@ -37,7 +37,7 @@ def test_the_version_has_one_home():
 
 
 def test_the_changelog_begins_with_this_version():
-    assert re.findall(r"^## \[?([0-9][^\] ]*)", (ROOT / "CHANGELOG.md").read_text(), re.M)[0] == lora_lite.__version__
+    assert re.findall(r"^## \[?([0-9][^\]\s]*)", (ROOT / "CHANGELOG.md").read_text(), re.M)[0] == lora_lite.__version__
 
 
 def test_the_drawer_at_the_top_is_a_link():

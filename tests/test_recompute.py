@@ -23,7 +23,7 @@ Case = Callable[[nn.Module, ll.Adapter, Callable[[], Tensor]], None]
 
 def checkpointed(reentrant: bool, row: Row, before: bool = True) -> tuple[nn.Module, ll.Adapter]:
     model = llama(torch.float64).train()
-    enable = lambda: model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # noqa: E731
+    enable = lambda: model.activation_checkpointing_enable({"use_reentrant": reentrant})  # noqa: E731
     if before:
         enable()
     adapter = randomise(attach(model, row, dtype=torch.float64))

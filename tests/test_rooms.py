@@ -23,6 +23,7 @@ ROOMS = (
     "cli",
     "__init__",
     "steering",
+    "lifecycle",
     "adapter",
     "attachment",
     "initialise",
@@ -31,8 +32,8 @@ ROOMS = (
     "merge",
     "variants",
     "variant",
-    "base",
     "target",
+    "base",
     "hooks",
     "lowrank",
     "config",
@@ -181,7 +182,7 @@ def test_the_sources_are_all_read():
 
 def documented(value: object) -> bool:
     """Whether someone wrote its docstring: not inherited, not the signature that dataclasses and tuples generate."""
-    doc = vars(value).get("__doc__") or ""
+    doc = (vars(value).get("__doc__") if isinstance(value, type) else value.__doc__) or ""
     return bool(doc.strip()) and not doc.startswith(f"{getattr(value, '__name__', '')}(")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import inspect
 import os
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Tests are not prose, and distributions leave these packages out as they please: with them, machines would differ.
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo", "lib2to3", "ensurepip", "distutils", "pydoc_data"}
+SKIPPED = ("site-packages", "dist-packages", "test", "tests", "idlelib", "tkinter", "turtledemo")
+SKIPPED += ("lib2to3", "ensurepip", "distutils", "pydoc_data")
 SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "__")
 LENGTH = (80, 600)  # characters of one document: about a sentence to a screenful
 HELD_OUT = 20  # every 20th document
@@ -41,6 +43,7 @@ class Corpus:
         return state.hexdigest()
 
 
+@functools.cache
 def standard_library(root: Path | None = None) -> Corpus:
     """Every docstring paragraph that reads as prose, every function body without its docstring; sorted by file, then by place."""
     prose: dict[str, None] = {}  # a dict keeps the order and drops repetitions

@@ -33,6 +33,7 @@ class Recipe:
     heads: int = 4
     kv_heads: int = 2
     context: int = 256
+    init: float = 0.06  # standard deviation; transformers' 0.02 learns slower at this width: loss 4.88 against 4.40 after 250 steps
     steps: int = 1200
     rows: int = 24
     length: int = 96
@@ -101,7 +102,7 @@ def config(recipe: Recipe) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=recipe.vocab, hidden_size=recipe.hidden, intermediate_size=recipe.intermediate, num_hidden_layers=recipe.layers,
         num_attention_heads=recipe.heads, num_key_value_heads=recipe.kv_heads, max_position_embeddings=recipe.context,
-        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        tie_word_embeddings=True, initializer_range=recipe.init, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
 
 

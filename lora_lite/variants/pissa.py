@@ -100,7 +100,7 @@ class Spectrum:
     Holds U (d_out, k), S (k,), Vh (k, d_in) in float32 at least, and four numbers per direction and group.
     """
 
-    def __init__(self, weight: Float[Tensor, "d_out d_in"], exclude: Float[Tensor, "n d_in"] | None = None) -> None:
+    def __init__(self, weight: Float[Tensor, "d_out d_in"], exclude: Float[Tensor, "n width"] | None = None) -> None:
         if not bool(torch.isfinite(weight).all()):
             raise ValueError(f"the base weight {tuple(weight.shape)} holds NaN or infinite values, so it has no singular directions")
         precise = torch.promote_types(weight.dtype, torch.float32)

@@ -1,0 +1,73 @@
+"""What is left to read when the demo is over? A plot, the samples, a short report, and the same as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_lite.cli.sweep import Sample
+
+
+def write_samples(path: Path, samples: Sequence[Sample], doses: Sequence[float], trait: str, each: int = 3) -> None:
+    """A few samples for each of `doses`, the first ones made, not the best ones."""
+    lines = [
+        "# Samples",
+        "",
+        f"The first {each} of each dose, as they came. `{trait}` is the judge's; perplexity is under the base (c = 0).",
+    ]
+    for c in doses:
+        lines += ["", f"## c = {c:g}"]
+        for s in [s for s in samples if s.c == c][:each]:
+            fence = "`" * (3 if "```" not in s.prompt + s.text else 6)
+            lines += ["", f"{trait} = {s.trait:.2f}, perplexity {s.perplexity:.1f}", "", fence + "text", s.prompt + s.text, fence]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_report(folder: Path, summary: Mapping[str, Any]) -> None:
+    """report.json holds all of the summary; report.md is the same for people."""
+    (folder / "report.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(markdown(summary), encoding="utf-8")
+
+
+def markdown(s: Mapping[str, Any]) -> str:
+    parts = [
+        f"# {s['title']}",
+        f"![dose response](dose_response.png)\n\n{gist(s)} Generated texts: [samples.md](samples.md).",
+        "## Checks, bit for bit",
+        table(("check", "holds"), [(k.replace("_", " "), "yes" if held else "**no**") for k, held in s["checks"].items()]),
+        "## Doses",
+        f"Trait: {s['trait']}, by two character n-gram models fitted on the training texts alone; they put {s['judge_accuracy']:.0%} of "
+        "held-out texts on their own side. Coherence: perplexity of the generated text under the base; low is text the base would write.",
+        table(("c", "samples", f"{s['trait']} ± standard error", "perplexity", "quartiles"), [dose_cells(d) for d in s["doses"]]),
+        "## How it was made",
+        table(("what", "value"), [(k.replace("_", " "), v) for k, v in s["made"].items()]),
+        "## Seconds",
+        table(("step", "seconds"), [(k, f"{v:.1f}") for k, v in s["seconds"].items()]),
+        f"The same seed, versions, machine and number of threads give the same files, but for the times. Again:\n\n    {s['command']}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def gist(s: Mapping[str, Any]) -> str:
+    """The answer in a sentence."""
+    if not s["gradual_region"]:
+        return f"The dose is nearly flat: {s['trait']} moves by less than 0.2 over the sweep."
+    low, high = s["gradual_region"]
+    first, last = s["doses"][0], s["doses"][-1]
+    ends = f"{s['trait']} goes from {first['trait']:.2f} at c = {first['c']:g} to {last['trait']:.2f} at c = {last['c']:g}"
+    return f"{ends}; most of the way between c = {low:.2g} and c = {high:.2g}."
+
+
+def dose_cells(d: Mapping[str, Any]) -> tuple[str, ...]:
+    low, high = d["quartiles"]
+    trait, perplexity = f"{d['trait']:.2f} ± {d['trait_error']:.2f}", f"{d['perplexity']:.1f}"
+    return f"{d['c']:.3g}", str(d["n"]), trait, perplexity, f"{low:.1f} to {high:.1f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    def line(cells: Sequence[Any]) -> str:
+        return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])

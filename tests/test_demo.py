@@ -1,0 +1,242 @@
+"""Does `lora-lite demo` do the main job: train, sweep, check, write? On a model of a few thousand parameters and a made-up corpus."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lora_lite as ll
+from lora_lite.cli import checks, contrast, demo, plot, sweep, tiny_lm, traits
+from lora_lite.cli.corpus import Corpus, standard_library
+from lora_lite.cli.pairs import Contrast, Pair, code_and_prose
+from lora_lite.cli.texts import nll, pack, prompt_ids
+
+RECIPE = tiny_lm.Recipe(vocab=300, hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, context=64, steps=60, rows=8, length=24)
+TRAINING = contrast.Training(steps=12, pairs=6, length=16, lr=2e-2)
+SAMPLING = sweep.Sampling(samples=4, length=12)
+
+
+def made_up(n: int = 60) -> Corpus:
+    draw = random.Random(0)
+    words, names = "the file is read and then closed by a caller".split(), "self path data x key".split()
+    prose = tuple(" ".join(draw.choices(words, k=14)).capitalize() + "." for _ in range(n))
+    code = tuple("\n".join(f"{a}.{b} = {a}[{b}]" for a, b in zip(draw.choices(names, k=4), draw.choices(names, k=4))) for _ in range(n))  # noqa: B905
+    return Corpus(prose, code)
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A folder to work in, with the made-up corpus in place of the standard library and fewer doses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "standard_library", made_up)
+        patch.setattr(demo, "DOSES", (-2.0, -1.0, 0.0, 1.0, 2.0))
+        patch.setattr(demo, "FINE", 3)
+        yield tmp_path_factory.mktemp("demo")
+
+
+def job(room: Path, name: str, config: ll.AdapterConfig | None = None, **options: Any) -> demo.Job:
+    values = {"recipe": RECIPE, "training": TRAINING, "sampling": SAMPLING} | options
+    return demo.Job(config or ll.LoRAConfig(r=4, alpha=8), room / name, **values)
+
+
+@pytest.fixture(scope="module")
+def done(room: Path) -> tuple[demo.Job, dict[str, Any]]:
+    first = job(room, "first")
+    return first, demo.demo(first)
+
+
+@pytest.fixture(scope="module")
+def small(done: tuple[demo.Job, dict[str, Any]]) -> tuple[Any, Any]:
+    """The model and the tokenizer the first run left in its cache."""
+    folder = done[0].out.parent / "tiny-lm"
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def test_everything_is_written_and_the_promises_hold(done: tuple[demo.Job, dict[str, Any]]) -> None:
+    asked, summary = done
+    assert summary["checks"] == {"c0_bit_identical_to_base": True, "save_load_bit_identical": True, "detach_bit_identical": True}
+    assert summary["ok"]
+    for file in summary["files"]:
+        assert Path(file).stat().st_size > 100, file
+    assert (asked.out / "dose_response.png").read_bytes().startswith(b"\x89PNG")
+    assert all(key.endswith(("lora_A", "lora_B")) for key in load_file(asked.out / "adapter.safetensors"))
+    written = json.loads((asked.out / "report.json").read_text())
+    assert written["doses"] == json.loads(json.dumps(summary["doses"]))
+    report = (asked.out / "report.md").read_text()
+    assert "| c0 bit identical to base | yes |" in report and "| save load bit identical | yes |" in report
+    samples = (asked.out / "samples.md").read_text()
+    assert all(f"## c = {c:g}\n" in samples for c in demo.DOSES)
+
+
+def test_c_moves_the_trait_from_one_side_to_the_other(done: tuple[demo.Job, dict[str, Any]]) -> None:
+    doses = {d["c"]: d for d in done[1]["doses"]}
+    assert doses[1.0]["trait"] > 0.8 and doses[-1.0]["trait"] < 0.2
+    assert done[1]["loss"]["last"] < done[1]["loss"]["first"]
+    assert done[1]["judge_accuracy"] == 1.0
+    low, high = done[1]["gradual_region"]
+    assert -2 <= low < high <= 2
+
+
+def test_the_same_seed_gives_the_same_texts_and_the_model_is_cached(room: Path, done: tuple[demo.Job, dict[str, Any]]) -> None:
+    cache = room / "tiny-lm" / "model.safetensors"
+    before = cache.stat().st_mtime_ns
+    again = demo.demo(job(room, "again"))
+    assert cache.stat().st_mtime_ns == before
+    assert again["doses"] == done[1]["doses"]
+    assert (room / "again" / "samples.md").read_text() == (room / "first" / "samples.md").read_text()
+    assert (room / "again" / "adapter.safetensors").read_bytes() == (room / "first" / "adapter.safetensors").read_bytes()
+    other = demo.demo(job(room, "other", sampling=dataclasses.replace(SAMPLING, seed=5)))
+    assert other["doses"] != done[1]["doses"]
+
+
+@pytest.mark.parametrize("variant", sorted(ll.REGISTRY))
+def test_every_variant_on_a_model_and_pairs_of_ones_own(variant: str, room: Path, done: tuple[demo.Job, dict[str, Any]]) -> None:
+    lines = [{"prompt": "the", "chosen": f" file {i} is read", "rejected": f" self.x = {i}"} for i in range(12)]
+    pairs = room / "pairs.jsonl"
+    pairs.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    short = dataclasses.replace(TRAINING, steps=2)
+    asked = job(room, variant, ll.REGISTRY[variant].Config(), model=str(room / "tiny-lm"), pairs=pairs, training=short)
+    summary = demo.demo(asked)
+    assert summary["ok"], summary["checks"]
+    assert summary["trait"] == "P(chosen)" and variant in summary["title"]
+
+
+def test_the_checks_notice_what_they_are_for(small: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = small
+    inputs = pack([prompt_ids(tokenizer, "")] * 4, [[5, 6, 7]] * 4, 0).inputs()
+    pristine, base = checks.state(model), checks.logits(model, inputs)
+    adapter = ll.attach(model, ll.LoRAConfig(r=2), seed=0)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_(std=0.1)
+    assert checks.zero_is_base(model, adapter, inputs, base)
+    assert not checks.zero_is_base(model, adapter, inputs, base + 1e-6)
+    hook = model.lm_head.register_forward_hook(lambda *_: None)
+    assert not checks.survives_the_file(model, adapter, tmp_path / "a.safetensors", inputs, pristine)["detach_bit_identical"]
+    hook.remove()
+    assert checks.state(model) == pristine
+    with torch.no_grad():
+        flipped = model.model.norm.weight[0].item()
+        model.model.norm.weight[0] = math.nextafter(flipped, 2) + 1e-6
+    assert checks.state(model) != pristine
+    with torch.no_grad():
+        model.model.norm.weight[0] = flipped
+    assert checks.state(model) == pristine
+
+
+def test_the_cache_is_made_anew_for_another_recipe_or_corpus_and_for_a_damaged_one(tmp_path: Path) -> None:
+    recipe, corpus = dataclasses.replace(RECIPE, steps=2), made_up()
+    folder = tiny_lm.tiny_lm(tmp_path / "lm", corpus, recipe)
+    made = lambda: (folder / "model.safetensors").stat().st_ino  # noqa: E731
+    first = made()
+    tiny_lm.tiny_lm(folder, corpus, recipe)
+    assert made() == first
+    tiny_lm.tiny_lm(folder, corpus, dataclasses.replace(recipe, lr=1e-3))
+    second = made()
+    assert second != first
+    tiny_lm.tiny_lm(folder, Corpus(corpus.prose[1:], corpus.code), dataclasses.replace(recipe, lr=1e-3))
+    third = made()
+    assert third != second
+    (folder / tiny_lm.FINGERPRINT).write_text('{"recipe": ')
+    tiny_lm.tiny_lm(folder, corpus, recipe)
+    assert made() != third
+    assert [p.name for p in tmp_path.iterdir()] == ["lm"]
+
+
+def test_the_corpus_is_prose_and_code_in_a_fixed_order(tmp_path: Path) -> None:
+    body = '    """Read the whole file, which is then closed, and give back what it holds as one long piece of text."""\n'
+    source = f"def read(path):\n{body}    # a comment\n" + "".join(f"    value_{i} = path.joinpath('{i}')\n" for i in range(4)) + "    return value_0\n"
+    for name in ("b.py", "a.py", "test/skipped.py", "site-packages/skipped.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(source.replace("path", name[0] + "_path"))
+    (tmp_path / "template.py").write_text("def {{name}}: pass")
+    found = standard_library(tmp_path)
+    assert found.prose == ("Read the whole file, which is then closed, and give back what it holds as one long piece of text.",)
+    assert [c.splitlines()[0] for c in found.code] == ["value_0 = a_path.joinpath('0')", "value_0 = b_path.joinpath('0')"]
+    assert not any("comment" in c or '"""' in c for c in found.code)
+    assert found.digest() != Corpus(found.code, found.prose).digest()
+
+
+def test_the_judge_tells_unseen_texts_apart_and_is_undecided_about_nothing() -> None:
+    judge = traits.Judge(code_and_prose(made_up(), seed=0))
+    assert judge.probability("self.key = data[x]") > 0.95
+    assert judge.probability("The caller is closed by a file.") < 0.05
+    assert judge.probability("") == 0.5
+    same = tuple(Pair("", "one text", "one text") for _ in range(3))
+    assert traits.Judge(Contrast(same, same)).probability("self.key") == 0.5
+
+
+def test_ngrams_are_a_distribution() -> None:
+    model = traits.NGrams(["abracadabra"])
+    total = sum(math.exp(model.log_likelihood("abra" + chr(i)) - model.log_likelihood("abra")) for i in range(256))
+    assert total == pytest.approx(1.0)
+
+
+def test_nll_is_of_the_answer_alone_and_padding_changes_nothing(small: tuple[Any, Any]) -> None:
+    model, _ = small
+    rows = pack([[0, 9], [0]], [[5, 6, 7], [8, 4]], pad=0)
+    with torch.no_grad():
+        found = nll(model(**rows.inputs()).logits, rows)
+        alone = model(input_ids=torch.tensor([[0, 8, 4]])).logits.log_softmax(-1)
+    assert found[1].item() == pytest.approx(-(alone[0, 0, 8] + alone[0, 1, 4]).item() / 2, abs=1e-5)
+
+
+def test_drift_is_a_divergence_and_zero_for_the_base() -> None:
+    torch.manual_seed(0)
+    base, other = torch.randn(2, 2, 5, 20).unbind(0)
+    rows = pack([[1], [1]], [[2, 3, 4, 5], [2, 3]], pad=0)
+    assert contrast.drift(base, base, rows).abs().item() < 1e-6
+    exact = torch.nn.functional.kl_div(other.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="none").sum(-1)[:, :-1]
+    judged = rows.answer[:, 1:]
+    assert contrast.drift(base, other, rows, k=19).item() == pytest.approx(((exact * judged).sum() / judged.sum()).item(), rel=1e-4)
+    assert 0 < contrast.drift(base, other, rows, k=4) < contrast.drift(base, other, rows, k=19) + 1e-6
+
+
+def test_rows_of_many_c_equal_one_c_at_a_time(small: tuple[Any, Any]) -> None:
+    model, _ = small
+    adapter = ll.attach(model, ll.LoRAConfig(r=2), seed=0)
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.normal_(std=0.2)
+    rows = pack([[0]] * 3, [[5, 6, 7], [8, 4], [9]], pad=0)
+    c = torch.tensor([-1.0, 0.5, 0.5])
+    with torch.no_grad():
+        together = contrast.logits_at(model, adapter, rows, c)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ll.REGISTRY["lora"], "row_c", False)
+            apart = contrast.logits_at(model, adapter, rows, c)
+    adapter.detach()
+    torch.testing.assert_close(together, apart)
+    assert not torch.allclose(together[0], together[1])
+
+
+def doses(traits_by_c: dict[float, float]) -> list[sweep.Dose]:
+    return [sweep.Dose(c, 4, t, 0.1, 5.0, (4.0, 6.0)) for c, t in sorted(traits_by_c.items())]
+
+
+@pytest.mark.parametrize(
+    ("curve", "region"),
+    [
+        ({-2: 0.0, -1: 0.0, -0.5: 0.05, 0: 0.5, 0.5: 0.95, 1: 1.0, 2: 1.0}, (-0.5, 0.5)),
+        ({-2: 1.0, -1: 1.0, 0: 0.5, 1: 0.0, 2: 0.0}, (-1, 1)),
+        ({-2: 0.5, 0: 0.5, 2: 0.6}, None),
+        ({-2: 0.0, 0: 0.0, 2: 1.0}, (0, 2)),
+    ],
+    ids=["rising", "falling", "flat", "late"],
+)
+def test_the_gradual_region(curve: dict[float, float], region: tuple[float, float] | None) -> None:
+    assert sweep.gradual(doses(curve)) == region
+
+
+def test_a_flat_response_is_drawn_and_said(tmp_path: Path) -> None:
+    plot.dose_response(tmp_path / "flat.png", doses({-1.0: 0.5, 0.0: 0.5, 1.0: 0.5}), None, "P(code)", "flat")
+    assert (tmp_path / "flat.png").stat().st_size > 1000
