@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 SAMPLES = 4  # weight values kept per layer: enough to tell two trainings apart, 40 kB of header for 448 layers
 FEW = 3  # names shown of a long list
+PLAIN: Any = Tensor.__torch_dispatch__  # type: ignore[reportAttributeAccessIssue]
 
 
 def _loaded(module: str, name: str) -> tuple[type, ...]:
@@ -53,8 +54,9 @@ def quantised(layer: nn.Module) -> str | None:
     weight = layer._parameters.get("weight")
     if weight is None or isinstance(weight, _dtensor()):
         return None
-    if type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__ or _packages(type(weight)) & {"bitsandbytes", "torchao"}:
-        return type(weight).__name__  # a tensor that does its operators itself, as torchao's: most of them raise
+    dispatch = getattr(type(weight), "__torch_dispatch__", PLAIN)  # torchao's own: size and dtype look right, most operators raise
+    if dispatch is not PLAIN or "bitsandbytes" in _packages(type(weight)):
+        return type(weight).__name__
     if not weight.dtype.is_floating_point or weight.dtype.itemsize == 1:  # float8 means nothing without a scale kept elsewhere
         return f"{_name(weight.dtype)} weight"
     return None

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -16,7 +16,7 @@ ROLES = ("reader", "writer")
 T = TypeVar("T")
 
 
-def as_patterns(value: str | tuple[str, ...] | list[str], what: str) -> tuple[str, ...]:
+def as_patterns(value: str | Sequence[str], what: str) -> tuple[str, ...]:
     """The regexes in `value`, each one compiled once so that a bad one fails here and says where it was given."""
     patterns = (value,) if isinstance(value, str) else tuple(value)
     for pattern in patterns:
@@ -42,11 +42,11 @@ class AdapterConfig:
     """
 
     variant: ClassVar[str] = ""
-    targets: str | tuple[str, ...] = "all-linear"
-    exclude: tuple[str, ...] = ("vision_tower", "lm_head")
-    layer_range: tuple[float, float] = (0.0, 1.0)
-    layers: tuple[int, ...] | None = None
-    roles: tuple[str, ...] | None = None
+    targets: str | Sequence[str] = "all-linear"
+    exclude: str | Sequence[str] = ("vision_tower", "lm_head")
+    layer_range: Sequence[float] = (0.0, 1.0)
+    layers: Sequence[int] | None = None
+    roles: str | Sequence[str] | None = None
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:

@@ -39,17 +39,19 @@ class Setting:
     __slots__ = ("_rows", "c", "cell", "off", "owner", "task", "tensor", "zeros")
 
     def __init__(self, c: Coefficient, owner: object = None) -> None:
-        self.tensor = isinstance(c, Tensor)
-        self.c = check_tensor(c) if self.tensor else check_float(c)
+        self.c: Coefficient
         self.off = self.zeros = False
-        if not self.tensor:
-            self.off = self.c == 0.0
-            self.cell = torch.full((), self.c, dtype=torch.float64)
-        else:
-            self.cell = self.c.reshape(() if self.c.numel() == 1 else self.c.shape).to(WIDEST.get(self.c.device.type, torch.float64))
+        if isinstance(c, Tensor):
+            self.c, self.tensor = check_tensor(c), True
+            scalar = self.c.numel() == 1
+            self.cell = self.c.reshape(() if scalar else self.c.shape).to(WIDEST.get(c.device.type, torch.float64))
             if not self.c.requires_grad and not is_functorch(self.c):
                 zero = self.c.detach() == 0
                 self.off, self.zeros = bool(zero.all()), bool(zero.any())
+        else:
+            self.c, self.tensor = check_float(c), False
+            self.off = self.c == 0.0
+            self.cell = torch.full((), self.c, dtype=torch.float64)
         self.task, self.owner = current_task(), owner
         self._rows: dict[Any, Tensor] = {}
 
@@ -63,6 +65,7 @@ class Setting:
 
     def rows(self, x: Tensor, routed: bool, path: str) -> Tensor:
         """c for an activation x (*batch, d): broadcasts against it, in float32 or wider. Kept, as many layers see one shape."""
+        assert isinstance(self.c, Tensor)
         if self.c.requires_grad or is_functorch(self.c):  # a kept graph could only be walked backward once
             return rows(self.c, x, routed, path)
         key = (x.shape[:-1], x.device, x.dtype is torch.float64, routed)
@@ -89,7 +92,7 @@ def check_tensor(c: Tensor) -> Tensor:
 
 def is_functorch(c: Tensor) -> bool:
     """Whether c is being transformed by vmap, grad or jvp: then its values cannot be looked at."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(c)
+    return torch._C._functorch.is_functorch_wrapped_tensor(c)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def rows(c: Tensor, x: Tensor, routed: bool, path: str) -> Tensor:
@@ -111,8 +114,8 @@ def rows(c: Tensor, x: Tensor, routed: bool, path: str) -> Tensor:
         return c.repeat_interleave(x.shape[0] // n, 0).view(-1, *[1] * (x.dim() - 1))
     if not flat and x.shape[1] == c.shape[1]:
         return c.repeat_interleave(x.shape[0] // n, 0).view(*x.shape[:2], *[1] * (x.dim() - 2))
-    if flat and x.shape[0] % c.numel() == 0:
-        return c.repeat_interleave(x.shape[0] // c.numel(), 0).reshape(-1, 1)
+    if flat and x.shape[0] == c.numel():  # exactly: more rows could be beams of a one-token step as well as more tokens
+        return c.reshape(-1, 1)
     hint = "; while decoding from a cache a step holds one token: use one c per row there" if x.shape[-2] == 1 else ""
     raise ValueError(f"{seen}: a per-token c needs a full forward of exactly its {c.shape[1]} tokens{hint}")
 

@@ -134,7 +134,7 @@ WRITERS = """
     attention.dense self_attention.dense self_attn.dense output.dense
     down down_proj fc2 fc_out dense_4h_to_h w2 lin2 linear2 ffn_output ff_out pwconv2 output_dense feed_forward.value
 """
-ROLE_OF: dict[str, str] = dict.fromkeys(READERS.split(), "reader") | dict.fromkeys(WRITERS.split(), "writer")
+ROLE_OF = {name: role for role, table in (("reader", READERS), ("writer", WRITERS)) for name in table.split()}
 
 
 def named_role(path: str) -> str | None:
@@ -181,7 +181,7 @@ class Search:
         self.asked = [t for t in self.linears if any(self.meant(p, t) for p in self.patterns)]
         self.allowed = [t for t in self.asked if not self.excluded(t.name)]
         self.within = [t for t in self.allowed if t.depth is None or in_band(cfg, t.depth, t.blocks or 0)]
-        self.chosen = [t for t in self.within if cfg.roles is None or t.role in cfg.roles]
+        self.chosen = [t for t in self.within if cfg.roles is None or t.role in tuple(cfg.roles)]
 
     def meant(self, pattern: str, target: Target) -> bool:
         if pattern == ALL:

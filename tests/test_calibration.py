@@ -256,6 +256,21 @@ def test_states_of_an_encoder_that_ran_before_are_known_again() -> None:
     assert {name.rsplit(".")[-1]: len(observer.all()) for name, observer in seen.items()} == {"q": 28, "k": 16, "v": 16, "o": 28}
 
 
+def test_an_encoders_states_are_let_go_with_their_batch_and_its_hook_with_the_pass() -> None:
+    model, states = models.t5(), list[weakref.ref[Tensor]]()
+    handle = model.encoder.register_forward_hook(lambda encoder, args, output: states.append(weakref.ref(output[0])))
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for seed in range(3):
+            assert len(states) == seed and all(ref() is None for ref in states)
+            yield {"input_ids": IDS, "decoder_input_ids": token_ids(4, 7, seed=seed)}
+
+    stream(model, batches(), make=Counting)
+    assert hooks == [len(m._forward_hooks) for m in model.modules()]
+    handle.remove()
+
+
 # --- nothing else changes ---------------------------------------------------------------------------------------------
 
 

@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lora_lite as ll
 from lora_lite.cli import checks, contrast, demo, plot, sweep, tiny_lm, traits
 from lora_lite.cli.corpus import Corpus, standard_library
+from lora_lite.cli.errors import UserError
 from lora_lite.cli.pairs import Contrast, Pair, code_and_prose
 from lora_lite.cli.texts import nll, pack, prompt_ids
 
 RECIPE = tiny_lm.Recipe(vocab=300, hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, context=64, steps=60, rows=8, length=24)
-TRAINING = contrast.Training(steps=12, pairs=6, length=16, lr=2e-2)
-SAMPLING = sweep.Sampling(samples=4, length=12)
+TRAINING = contrast.Training(steps=20, pairs=6, length=16, lr=2e-2)
+SAMPLING = sweep.Sampling(samples=10, length=12)
 
 
 def made_up(n: int = 60) -> Corpus:
@@ -79,7 +80,7 @@ def test_everything_is_written_and_the_promises_hold(done: tuple[demo.Job, dict[
 
 def test_c_moves_the_trait_from_one_side_to_the_other(done: tuple[demo.Job, dict[str, Any]]) -> None:
     doses = {d["c"]: d for d in done[1]["doses"]}
-    assert doses[1.0]["trait"] > 0.8 and doses[-1.0]["trait"] < 0.2
+    assert doses[1.0]["trait"] > 0.7 and doses[-1.0]["trait"] < 0.3
     assert done[1]["loss"]["last"] < done[1]["loss"]["first"]
     assert done[1]["judge_accuracy"] == 1.0
     low, high = done[1]["gradual_region"]
@@ -154,14 +155,14 @@ def test_the_cache_is_made_anew_for_another_recipe_or_corpus_and_for_a_damaged_o
 
 def test_the_corpus_is_prose_and_code_in_a_fixed_order(tmp_path: Path) -> None:
     body = '    """Read the whole file, which is then closed, and give back what it holds as one long piece of text."""\n'
-    source = f"def read(path):\n{body}    # a comment\n" + "".join(f"    value_{i} = path.joinpath('{i}')\n" for i in range(4)) + "    return value_0\n"
+    source = f"def read(path, open):\n{body}    # a comment\n" + "".join(f"    value_{i} = open('{i}')\n" for i in range(4)) + "    return value_0\n"
     for name in ("b.py", "a.py", "test/skipped.py", "site-packages/skipped.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(source.replace("path", name[0] + "_path"))
+        (tmp_path / name).write_text(source.replace("open", name[0] + "_open"))
     (tmp_path / "template.py").write_text("def {{name}}: pass")
     found = standard_library(tmp_path)
     assert found.prose == ("Read the whole file, which is then closed, and give back what it holds as one long piece of text.",)
-    assert [c.splitlines()[0] for c in found.code] == ["value_0 = a_path.joinpath('0')", "value_0 = b_path.joinpath('0')"]
+    assert [c.splitlines()[0] for c in found.code] == ["value_0 = a_open('0')", "value_0 = b_open('0')"]
     assert not any("comment" in c or '"""' in c for c in found.code)
     assert found.digest() != Corpus(found.code, found.prose).digest()
 
@@ -240,3 +241,8 @@ def test_the_gradual_region(curve: dict[float, float], region: tuple[float, floa
 def test_a_flat_response_is_drawn_and_said(tmp_path: Path) -> None:
     plot.dose_response(tmp_path / "flat.png", doses({-1.0: 0.5, 0.0: 0.5, 1.0: 0.5}), None, "P(code)", "flat")
     assert (tmp_path / "flat.png").stat().st_size > 1000
+
+
+def test_a_target_that_is_nowhere_is_the_users_to_know(room: Path, done: tuple[demo.Job, dict[str, Any]]) -> None:
+    with pytest.raises(UserError, match="nowhere_proj"):
+        demo.demo(job(room, "nowhere", ll.LoRAConfig(targets="nowhere_proj"), model=str(room / "tiny-lm")))

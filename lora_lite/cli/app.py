@@ -21,10 +21,11 @@ app = typer.Typer(name="lora-lite", no_args_is_help=True, add_completion=False, 
 GIVEN_OR = {"r": 8, "alpha": 16.0}  # for variants that have them
 
 
-def show_version(wanted: bool) -> None:
+def show_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(f"lora-lite {ll.__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

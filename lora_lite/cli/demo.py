@@ -80,9 +80,8 @@ def demo(job: Job) -> dict[str, Any]:
     with clock("sweep c"):
         samples = sweep.sweep(model, tokenizer, adapter, judge, DOSES, prompts, job.sampling)
     with clock("sweep the gradual region"):
-        fine = torch.linspace(*(sweep.gradual(sweep.doses_of(samples)) or (-0.5, 0.5)), FINE).tolist()
         again = dataclasses.replace(job.sampling, seed=job.sampling.seed + 1)
-        samples += sweep.sweep(model, tokenizer, adapter, judge, [c for c in fine if c not in DOSES], prompts, again)
+        samples += sweep.sweep(model, tokenizer, adapter, judge, finer(samples), prompts, again)
     with clock("checks"):
         held = {"c0_bit_identical_to_base": checks.zero_is_base(model, adapter, inputs, base)}
         held |= checks.survives_the_file(model, adapter, job.out / "adapter.safetensors", inputs, pristine)
@@ -94,6 +93,12 @@ def demo(job: Job) -> dict[str, Any]:
     report.write_samples(job.out / "samples.md", samples, DOSES, summary["trait"])
     report.write_report(job.out, summary)
     return summary
+
+
+def finer(samples: list[sweep.Sample]) -> list[float]:
+    """New doses where the first sweep found the trait on its way; around 0 where it did not move."""
+    low, high = sweep.gradual(sweep.doses_of(samples)) or (-0.5, 0.5)
+    return [c for c in torch.linspace(low, high, FINE).tolist() if c not in DOSES]
 
 
 def texts(job: Job) -> Contrast:

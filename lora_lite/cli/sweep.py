@@ -58,6 +58,8 @@ def sweep(
     how: Sampling,
 ) -> list[Sample]:
     """`how.samples` samples for every dose, all of them in one generate with one c per row."""
+    if not doses:
+        return []
     rows = [(c, prompts[i % len(prompts)]) for c in doses for i in range(how.samples)]
     starts = [prompt_ids(tokenizer, prompt) for _, prompt in rows]
     torch.manual_seed(how.seed)

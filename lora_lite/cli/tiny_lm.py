@@ -34,8 +34,8 @@ class Recipe:
     kv_heads: int = 2
     context: int = 256
     init: float = 0.06  # standard deviation; transformers' 0.02 learns slower at this width: loss 4.88 against 4.40 after 250 steps
-    steps: int = 1200
-    rows: int = 24
+    steps: int = 2400
+    rows: int = 8  # small batches learn more per second here: the same tokens in 24, 12, 8 rows gave loss 4.31, 4.00, 3.82
     length: int = 96
     lr: float = 6e-3
     warmup: float = 0.05

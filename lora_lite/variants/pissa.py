@@ -6,7 +6,7 @@ Without touching W: A = A0 + dA, B = B0 + dB, and the differences are what is tr
     y = W x + U diag(dS) V^T x                                   train="spectrum": only the singular values move
 
 Both add exactly zero at the start. In bfloat16 B A - B0 A0 loses updates of 1e-4 altogether, the differences keep them:
-208% error against 0.3% (tests/test_pissa.py).
+511% error against 0.4% on a 256 x 192 weight (tests/test_pissa.py).
 """
 
 from __future__ import annotations
