@@ -322,7 +322,7 @@ class Adapter:
         contents = checkpoint.read(path)
         now = {t: self.config.at(t, *s) for t, s in self._sizes.items()}
         wanted = {t: {f: s.shape for f, s in specs.items()} for t, specs in self._specs.items()}
-        contents = checkpoint.renamed(contents, self.targets)
+        contents = checkpoint.renamed(contents, self.targets, list(self.also()))
         checkpoint.check_tensors(contents, wanted)
         if differing := [t for t, s in self._sizes.items() if method_of(contents.config.at(t, *s)) != method_of(now[t])]:
             raise checkpoint.CheckpointError(
@@ -357,7 +357,7 @@ class Adapter:
         model = unwrapped(model)
         contents = checkpoint.read(path)
         linears = [n for n, m in model.named_modules() if is_linear(m)]
-        contents = checkpoint.renamed(contents, linears)
+        contents = checkpoint.renamed(contents, linears, [n for n, _ in model.named_parameters()])
         if missing := sorted(set(contents.tensors) - set(linears)):
             raise checkpoint.CheckpointError(
                 f"{path}: no linear layer of this {type(model).__name__} is named {missing[:5]} ({len(missing)} in all)"
@@ -370,10 +370,18 @@ class Adapter:
         check_also(path, model, contents.also)
         now = fingerprint(model, layers)
         check_base(path, contents.fingerprint, now, strict_base)
+        ordered = {t: {f: contents.tensors[t][f] for f in specs[t]} for t in linears if t in contents.tensors}
         adapter = cls(
-            contents.config, contents.tensors, layer_sizes, name=name or "default", also=contents.also,
-            metadata=contents.metadata, fingerprint=now, diagnostics=contents.diagnostics, c=c,
-        )  # fmt: skip
+            contents.config,
+            ordered,
+            {t: layer_sizes[t] for t in ordered},
+            name=name or "default",
+            also=contents.also,
+            metadata=contents.metadata,
+            fingerprint=now,
+            diagnostics=contents.diagnostics,
+            c=c,
+        )
         return adapter.put_on(model)
 
     # -- copies -----------------------------------------------------------------------------------------------------

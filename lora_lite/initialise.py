@@ -71,7 +71,10 @@ def check_calibration(config: AdapterConfig, variant: type[Variant], data: Any) 
 
 def observe(target: Target, config: AdapterConfig, variant: type[Variant], exclude: Mapping[str, Tensor]) -> Any:
     cfg = config.at(target.name, target.d_in, target.d_out)
-    return variant.observe(cfg, base_of(target, variant), exclude.get(target.name))
+    try:
+        return variant.observe(cfg, base_of(target, variant), exclude.get(target.name))
+    except ValueError as error:
+        raise ValueError(f"{target.name}: {error}") from error
 
 
 def initialise(

@@ -19,7 +19,7 @@ from lora_lite.cli import checks, contrast, demo, plot, sweep, tiny_lm, traits
 from lora_lite.cli.corpus import Corpus, standard_library
 from lora_lite.cli.errors import UserError
 from lora_lite.cli.pairs import Contrast, Pair, code_and_prose
-from lora_lite.cli.texts import nll, pack, prompt_ids
+from lora_lite.cli.texts import nats, nats_per_token, pack, prompt_ids
 
 RECIPE = tiny_lm.Recipe(vocab=300, hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, context=64, steps=60, rows=8, length=24)
 TRAINING = contrast.Training(steps=20, pairs=6, length=16, lr=2e-2)
@@ -28,7 +28,7 @@ SAMPLING = sweep.Sampling(samples=10, length=12)
 
 def made_up(n: int = 60) -> Corpus:
     draw = random.Random(0)
-    words, names = "the file is read and then closed by a caller".split(), "self path data x key".split()
+    words, names = ["the", "file", "is", "read", "and", "then", "closed", "by", "a", "caller"], ["self", "path", "data", "x", "key"]
     prose = tuple(" ".join(draw.choices(words, k=14)).capitalize() + "." for _ in range(n))
     code = tuple("\n".join(f"{a}.{b} = {a}[{b}]" for a, b in zip(draw.choices(names, k=4), draw.choices(names, k=4))) for _ in range(n))  # noqa: B905
     return Corpus(prose, code)
@@ -155,7 +155,11 @@ def test_the_cache_is_made_anew_for_another_recipe_or_corpus_and_for_a_damaged_o
 
 def test_the_corpus_is_prose_and_code_in_a_fixed_order(tmp_path: Path) -> None:
     body = '    """Read the whole file, which is then closed, and give back what it holds as one long piece of text."""\n'
-    source = f"def read(path, open):\n{body}    # a comment\n" + "".join(f"    value_{i} = open('{i}')\n" for i in range(4)) + "    return value_0\n"
+    source = (
+        f"def read(path, open):\n{body}    # a comment\n"
+        + "".join(f"    value_{i} = open('{i}')\n" for i in range(4))
+        + "    return value_0\n"
+    )
     for name in ("b.py", "a.py", "test/skipped.py", "site-packages/skipped.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(source.replace("open", name[0] + "_open"))
@@ -182,13 +186,15 @@ def test_ngrams_are_a_distribution() -> None:
     assert total == pytest.approx(1.0)
 
 
-def test_nll_is_of_the_answer_alone_and_padding_changes_nothing(small: tuple[Any, Any]) -> None:
+def test_nats_are_of_the_answer_alone_and_padding_changes_nothing(small: tuple[Any, Any]) -> None:
     model, _ = small
     rows = pack([[0, 9], [0]], [[5, 6, 7], [8, 4]], pad=0)
     with torch.no_grad():
-        found = nll(model(**rows.inputs()).logits, rows)
+        logits = model(**rows.inputs()).logits
+        found, whole = nats_per_token(logits, rows), nats(logits, rows)
         alone = model(input_ids=torch.tensor([[0, 8, 4]])).logits.log_softmax(-1)
     assert found[1].item() == pytest.approx(-(alone[0, 0, 8] + alone[0, 1, 4]).item() / 2, abs=1e-5)
+    torch.testing.assert_close(whole, found * torch.tensor([3.0, 2.0]))
 
 
 def test_drift_is_a_divergence_and_zero_for_the_base() -> None:

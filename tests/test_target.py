@@ -115,6 +115,7 @@ FOUND: list[tuple[str, dict[str, Any], list[str]]] = [
     ("t5", {"exclude": ("decoder",)}, T5_ENCODER),
     # exclude wins
     ("llama", {"targets": "self_attn", "exclude": ("[kv]_proj", r"layers\.1")}, ["model.layers.0.self_attn.{q,o}_proj"]),
+    ("llama", {"targets": ["[qv]_proj"], "exclude": "v_proj", "layers": [1], "roles": "reader"}, ["model.layers.1.self_attn.q_proj"]),
     # depth: of each stack's own blocks, and what is outside stays
     ("llama", {"targets": "q_proj", "layer_range": (0.5, 1.0)}, ["model.layers.1.self_attn.q_proj"]),
     ("llama", {"targets": "q_proj", "layers": (0,)}, ["model.layers.0.self_attn.q_proj"]),

@@ -47,7 +47,8 @@ def demo(
     alpha: Annotated[float | None, typer.Option(help="Scale alpha/r, likewise.  [default: 16]", show_default=False)] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE for other fields of the variant's config.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of the adapter.")] = 80,
-    lr: Annotated[float, typer.Option(min=0, help="Learning rate of the adapter.")] = 5e-3,
+    lr: Annotated[float, typer.Option(min=0, help="Learning rate of the adapter.")] = 2e-3,
+    cap: Annotated[float, typer.Option(min=1e-6, help="Nats by which c = 1 may move the odds of chosen against rejected.")] = 6.0,
     samples: Annotated[int | None, typer.Option(min=1, help="Samples per c.  [default: 64, with --model 8]", show_default=False)] = None,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens per sample, and training tokens per text.")] = 64,
     seed: Annotated[int, typer.Option(help="Of everything drawn at random.")] = 0,
@@ -63,7 +64,7 @@ def demo(
 
     job = Job(
         config=config, out=out, model=model, pairs=pairs, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), seed=seed,
-        training=contrast.Training(steps=steps, lr=lr, length=tokens, seed=seed),
+        training=contrast.Training(steps=steps, lr=lr, cap=cap, length=tokens, seed=seed),
         sampling=sweep.Sampling(samples=samples or (8 if model else 64), length=tokens, seed=seed),
         command=shlex.join(["lora-lite", *sys.argv[1:]]),
     )  # fmt: skip

@@ -14,19 +14,24 @@ from tqdm import tqdm
 
 import lora_lite as ll
 from lora_lite.cli.pairs import Pair
-from lora_lite.cli.texts import Rows, answer_ids, logits_of, nll, pack, pad_id, prompt_ids
+from lora_lite.cli.texts import Rows, answer_ids, logits_of, nats, pack, pad_id, prompt_ids
 
 
 @dataclass(frozen=True)
 class Training:
-    """cap: how many nats per token the two sides are pushed apart, relative to the base. anchor: the weight of drifting from it."""
+    """How long, how fast, and how far.
+
+    cap     nats by which c = +1 or -1 moves the odds between the two texts of a pair, at most. Odds of e^6 decide which one is
+            written and leave c = 0.5 undecided; uncapped training makes c a switch, at a higher price in perplexity
+    anchor  weight of the drift from the base, in nats per token
+    """
 
     steps: int = 80
     pairs: int = 8
     length: int = 64
-    lr: float = 5e-3
-    cap: float = 1.0
-    anchor: float = 0.3
+    lr: float = 2e-3
+    cap: float = 6.0
+    anchor: float = 10.0
     seed: int = 0
 
 
@@ -54,10 +59,10 @@ def contrastive_loss(model: Any, adapter: ll.Adapter, rows: Rows, how: Training)
         base = logits_of(model, rows)
     up = torch.tensor([1.0, -1.0], device=rows.ids.device).repeat_interleave(n)
     logits = logits_at(model, adapter, rows.repeat(2), up)
-    gain = nll(base, rows).repeat(2) - nll(logits, rows.repeat(2))  # nats per token by which a text got likelier
+    gain = nats(base, rows).repeat(2) - nats(logits, rows.repeat(2))  # by which each text got likelier
     chosen_up, rejected_up, chosen_down, rejected_down = gain.chunk(4)
     margin = torch.cat([chosen_up - rejected_up, rejected_down - chosen_down])
-    return torch.relu(how.cap - margin).mean() + how.anchor * drift(base.repeat(2, 1, 1), logits, rows.repeat(2))
+    return torch.relu(1 - margin / how.cap).mean() + how.anchor * drift(base.repeat(2, 1, 1), logits, rows.repeat(2))
 
 
 def logits_at(model: Any, adapter: ll.Adapter, rows: Rows, c: Float[Tensor, " n"]) -> Float[Tensor, "n t v"]:

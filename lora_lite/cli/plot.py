@@ -39,10 +39,11 @@ def dose_response(path: Path, doses: Sequence[Dose], region: tuple[float, float]
             axis.grid(alpha=0.25)
             if region:
                 axis.axvspan(*region, color=SHADE, zorder=-1, linewidth=0)
+        grid[1][k].locator_params(axis="x", nbins=9 if k == 0 else 6)
         grid[1][k].set_xlabel("c (dimensionless; 0 is the base)")
     grid[0][0].set_title("whole sweep", fontsize=10)
     if region:
-        grid[0][1].set_title(f"where the dose is gradual: c from {region[0]:g} to {region[1]:g} (shaded)", fontsize=10)
+        grid[0][1].set_title(f"where it is gradual: c from {region[0]:.2g} to {region[1]:.2g} (shaded)", fontsize=10)
     grid[0][0].set_ylabel(f"trait: {trait}\n(mean ± standard error)")
     grid[1][0].set_ylabel("perplexity under the base\n(median and quartiles)")
     grid[1][0].set_yscale("log")
@@ -69,6 +70,6 @@ def draw(axis: Any, c: list[float], y: list[float], spread: list[tuple[float, fl
 def plain_ticks(axis: Any) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.yaxis.set_minor_formatter(NullFormatter())

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import lora_lite as ll
-from lora_lite.cli.texts import logits_of, nll, pack, pad_id, prompt_ids
+from lora_lite.cli.texts import logits_of, nats_per_token, pack, pad_id, prompt_ids
 from lora_lite.cli.traits import Judge
 
 SCORED_AT_ONCE = 64  # rows; their logits are the largest tensor here
@@ -118,7 +118,7 @@ def perplexities(model: Any, tokenizer: Any, adapter: ll.Adapter, starts: Sequen
     with adapter(model, c=0.0):
         for i in tqdm(range(0, len(written), SCORED_AT_ONCE), desc="score under the base", unit="batch"):
             rows = pack(starts[i : i + SCORED_AT_ONCE], written[i : i + SCORED_AT_ONCE], pad_id(tokenizer), model.device)
-            found.extend(nll(logits_of(model, rows), rows).exp().tolist())
+            found.extend(nats_per_token(logits_of(model, rows), rows).exp().tolist())
     return found
 
 

@@ -54,11 +54,15 @@ def pack(prompts: Sequence[list[int]], answers: Sequence[list[int]], pad: int, d
     return Rows(ids.to(device), mask.to(device), answer.to(device))
 
 
-def nll(logits: Float[Tensor, "n t v"], rows: Rows) -> Float[Tensor, " n"]:
-    """Nats per judged token, one number per row; NaN for a row without any."""
+def nats(logits: Float[Tensor, "n t v"], rows: Rows) -> Float[Tensor, " n"]:
+    """-log p of each row's answer given its prompt, over the whole answer."""
     losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), rows.ids[:, 1:], reduction="none")
-    judged = rows.answer[:, 1:].to(losses.dtype)
-    return (losses * judged).sum(1) / judged.sum(1)
+    return (losses * rows.answer[:, 1:]).sum(1)
+
+
+def nats_per_token(logits: Float[Tensor, "n t v"], rows: Rows) -> Float[Tensor, " n"]:
+    """The same, per token of the answer; NaN for a row without any."""
+    return nats(logits, rows) / rows.answer[:, 1:].sum(1)
 
 
 def pad_id(tokenizer: Any) -> int:
