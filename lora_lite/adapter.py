@@ -13,9 +13,8 @@ from loguru import logger
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lora_lite import checkpoint, merge
+from lora_lite import checkpoint, fitting, merge
 from lora_lite.attachment import Shared, all_hooks, check_layers, fresh_parameter, ledger_of, lift, place, targets_by_name, unwrapped
-from lora_lite.base import compare_fingerprint, fingerprint, is_linear, sizes
 from lora_lite.config import AdapterConfig
 from lora_lite.dial import Block, Coefficient, Dial
 from lora_lite.hooks import Hook
@@ -319,21 +318,10 @@ class Adapter:
 
         Raises CheckpointError where the file's method, config at any layer, keys or shapes differ from this adapter's.
         """
-        contents = checkpoint.read(path)
-        now = {t: self.config.at(t, *s) for t, s in self._sizes.items()}
-        wanted = {t: {f: s.shape for f, s in specs.items()} for t, specs in self._specs.items()}
-        contents = checkpoint.renamed(contents, self.targets, list(self.also()))
-        checkpoint.check_tensors(contents, wanted)
-        if differing := [t for t, s in self._sizes.items() if method_of(contents.config.at(t, *s)) != method_of(now[t])]:
-            raise checkpoint.CheckpointError(
-                f"{path}: made with {contents.config}, this adapter has {self.config}; they differ at {differing[:5]}"
-            )
         also = self.also()
-        if {n: tuple(v.shape) for n, v in contents.also.items()} != {n: tuple(p.shape) for n, p in also.items()}:
-            raise checkpoint.CheckpointError(
-                f"{path}: it also holds {sorted(contents.also)}, this adapter trains {sorted(also)} beside its own"
-            )
-        check_base(path, contents.fingerprint, self.fingerprint, strict_base)
+        contents = fitting.for_adapter(
+            path, self.config, self._sizes, {n: tuple(p.shape) for n, p in also.items()}, self.fingerprint, strict_base
+        )
         tensors = self.tensors()
         with torch.no_grad():
             for target, fields in contents.tensors.items():
@@ -355,26 +343,11 @@ class Adapter:
         shapes, values, or a base other than the one it was trained on (strict_base=False lets that pass, with a warning).
         """
         model = unwrapped(model)
-        contents = checkpoint.read(path)
-        linears = [n for n, m in model.named_modules() if is_linear(m)]
-        contents = checkpoint.renamed(contents, linears, [n for n, _ in model.named_parameters()])
-        if missing := sorted(set(contents.tensors) - set(linears)):
-            raise checkpoint.CheckpointError(
-                f"{path}: no linear layer of this {type(model).__name__} is named {missing[:5]} ({len(missing)} in all)"
-            )
-        layers = {t: model.get_submodule(t) for t in contents.tensors}
-        layer_sizes = {t: sizes(layer) for t, layer in layers.items()}
-        variant = variant_of(contents.config)
-        specs = {t: variant.param_specs(*s, contents.config.at(t, *s)) for t, s in layer_sizes.items()}
-        checkpoint.check_tensors(contents, {t: {f: s.shape for f, s in fields.items()} for t, fields in specs.items()})
-        check_also(path, model, contents.also)
-        now = fingerprint(model, layers)
-        check_base(path, contents.fingerprint, now, strict_base)
-        ordered = {t: {f: contents.tensors[t][f] for f in specs[t]} for t in linears if t in contents.tensors}
+        contents, layer_sizes, now = fitting.for_model(path, model, strict_base)
         adapter = cls(
             contents.config,
-            ordered,
-            {t: layer_sizes[t] for t in ordered},
+            contents.tensors,
+            layer_sizes,
             name=name or "default",
             also=contents.also,
             metadata=contents.metadata,
@@ -404,35 +377,6 @@ def check_name(name: str) -> str:
 
 def as_parameter(value: Tensor, spec: ParamSpec) -> Parameter:
     return value if isinstance(value, Parameter) else fresh_parameter(value, value, spec.trainable)
-
-
-def method_of(config: AdapterConfig) -> dict[str, Any]:
-    """A layer's config without where it applies: what must agree for tensors to mean the same."""
-    where = ("targets", "exclude", "layer_range", "layers", "roles", "dtype", "dropout")
-    return {k: v for k, v in config.to_dict().items() if k not in where}
-
-
-def check_also(path: Path, model: nn.Module, also: Mapping[str, Tensor]) -> None:
-    have = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    wrong = {n: have.get(n, "nothing") for n, v in also.items() if have.get(n) != tuple(v.shape)}
-    if wrong:
-        raise checkpoint.CheckpointError(f"{path}: it also holds parameters that this model has differently: {wrong}")
-
-
-def check_base(path: Path, saved: dict[str, Any] | None, now: dict[str, Any] | None, strict: bool) -> None:
-    """Refuse another base than the one an adapter was trained on; without `strict`, and for quantised bases, warn."""
-    if saved is None or now is None:
-        logger.warning("{}: no fingerprint of the base it was trained on; it cannot be checked", path)
-        return
-    differences, warnings = compare_fingerprint(saved, now)
-    for warning in warnings:
-        logger.warning("{}: {}", path, warning)
-    if differences and strict:
-        raise checkpoint.CheckpointError(
-            f"{path} was trained on another base: {'; '.join(differences)}. strict_base=False loads it all the same"
-        )
-    if differences:
-        logger.warning("{} was trained on another base: {}", path, "; ".join(differences))
 
 
 def handle_of(model: nn.Module, shared: Shared, hooks: Mapping[str, tuple[nn.Module, Hook]]) -> Adapter:

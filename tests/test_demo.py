@@ -94,7 +94,8 @@ def test_the_same_seed_gives_the_same_texts_and_the_model_is_cached(room: Path, 
     assert cache.stat().st_mtime_ns == before
     assert again["doses"] == done[1]["doses"]
     assert (room / "again" / "samples.md").read_text() == (room / "first" / "samples.md").read_text()
-    assert (room / "again" / "adapter.safetensors").read_bytes() == (room / "first" / "adapter.safetensors").read_bytes()
+    first, second = (load_file(room / name / "adapter.safetensors") for name in ("first", "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
     other = demo.demo(job(room, "other", sampling=dataclasses.replace(SAMPLING, seed=5)))
     assert other["doses"] != done[1]["doses"]
 

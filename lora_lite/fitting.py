@@ -1,0 +1,87 @@
+"""Does a file fit this model, or this adapter? Everything is checked here, before anything is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from loguru import logger
+from torch import Tensor, nn
+
+from lora_lite.base import compare_fingerprint, fingerprint, is_linear, sizes
+from lora_lite.checkpoint import CheckpointError, Contents, check_tensors, read, renamed
+from lora_lite.config import AdapterConfig
+from lora_lite.variant import variant_of
+
+Path = str | os.PathLike[str]
+Sizes = Mapping[str, tuple[int, int]]
+
+
+def for_model(path: Path, model: nn.Module, strict_base: bool) -> tuple[Contents, dict[str, tuple[int, int]], dict[str, Any]]:
+    """A file's contents under the model's names and in its order, the sizes of the layers they go on, and the base's fingerprint."""
+    linears = [n for n, m in model.named_modules() if is_linear(m)]
+    contents = renamed(read(path), linears, [n for n, _ in model.named_parameters()])
+    if missing := sorted(set(contents.tensors) - set(linears)):
+        raise CheckpointError(f"{path}: no linear layer of this {type(model).__name__} is named {missing[:5]} ({len(missing)} in all)")
+    layers = {t: model.get_submodule(t) for t in linears if t in contents.tensors}
+    layer_sizes = {t: sizes(layer) for t, layer in layers.items()}
+    contents = fitted(contents, layer_sizes)
+    check_also(path, model, contents.also)
+    now = fingerprint(model, layers)
+    check_base(path, contents.fingerprint, now, strict_base)
+    return contents, layer_sizes, now
+
+
+def for_adapter(
+    path: Path,
+    config: AdapterConfig,
+    layer_sizes: Sizes,
+    also: Mapping[str, tuple[int, ...]],
+    base: dict[str, Any] | None,
+    strict_base: bool,
+) -> Contents:
+    """A file's contents for an adapter that exists: the same method at every layer, the same tensors, the same base."""
+    contents = fitted(renamed(read(path), layer_sizes, also), layer_sizes)
+    if differing := [t for t, s in layer_sizes.items() if method_of(contents.config.at(t, *s)) != method_of(config.at(t, *s))]:
+        raise CheckpointError(f"{path}: made with {contents.config}, this adapter has {config}; they differ at {differing[:5]}")
+    if {n: tuple(v.shape) for n, v in contents.also.items()} != dict(also):
+        raise CheckpointError(f"{path}: it also holds {sorted(contents.also)}, this adapter trains {sorted(also)} beside its own")
+    check_base(path, contents.fingerprint, base, strict_base)
+    return contents
+
+
+def fitted(contents: Contents, layer_sizes: Sizes) -> Contents:
+    """The contents in the order of `layer_sizes` and of the variant's specs. Raises CheckpointError listing what does not fit."""
+    variant = variant_of(contents.config)
+    specs = {t: variant.param_specs(*s, contents.config.at(t, *s)) for t, s in layer_sizes.items()}
+    check_tensors(contents, {t: {f: s.shape for f, s in fields.items()} for t, fields in specs.items()})
+    return dataclasses.replace(contents, tensors={t: {f: contents.tensors[t][f] for f in specs[t]} for t in specs})
+
+
+def method_of(config: AdapterConfig) -> dict[str, Any]:
+    """A layer's config without where it applies: what must agree for tensors to mean the same."""
+    where = ("targets", "exclude", "layer_range", "layers", "roles", "dtype", "dropout")
+    return {k: v for k, v in config.to_dict().items() if k not in where}
+
+
+def check_also(path: Path, model: nn.Module, also: Mapping[str, Tensor]) -> None:
+    have = {n: tuple(p.shape) for n, p in model.named_parameters()}
+    wrong = {n: have.get(n, "nothing") for n, v in also.items() if have.get(n) != tuple(v.shape)}
+    if wrong:
+        raise CheckpointError(f"{path}: it also holds parameters that this model has differently: {wrong}")
+
+
+def check_base(path: Path, saved: dict[str, Any] | None, now: dict[str, Any] | None, strict: bool) -> None:
+    """Refuse another base than the one an adapter was trained on; without `strict`, and for quantised bases, warn."""
+    if saved is None or now is None:
+        logger.warning("{}: no fingerprint of the base it was trained on; it cannot be checked", path)
+        return
+    differences, warnings = compare_fingerprint(saved, now)
+    for warning in warnings:
+        logger.warning("{}: {}", path, warning)
+    if differences and strict:
+        raise CheckpointError(f"{path} was trained on another base: {'; '.join(differences)}. strict_base=False loads it all the same")
+    if differences:
+        logger.warning("{} was trained on another base: {}", path, "; ".join(differences))
