@@ -5,7 +5,7 @@
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-fast test-slow lint bench wheel clean
+.PHONY: help env demo test test-fast test-slow lint bench tables wheel clean
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell $(p) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(p))))
 DEVICE ?= cpu
@@ -68,6 +68,9 @@ lint: $(INSTALLED)-dev
 
 bench: $(INSTALLED)-bench
 	$(BIN)/python -m benchmarks --device $(DEVICE) $(ARGS)
+
+tables: $(INSTALLED)-base
+	$(BIN)/python -m lora_lite.table README.md docs/matrix.md
 
 wheel: $(INSTALLED)-test
 	$(BIN)/python -m hatchling build

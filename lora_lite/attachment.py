@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_lite import compiled, recompute
-from lora_lite.base import is_linear, refusal, sizes, transposed
+from lora_lite.base import hazard, is_linear, refusal, sizes, transposed
 from lora_lite.config import AdapterConfig
 from lora_lite.dial import Dial
 from lora_lite.hooks import HOOKS, Hook, hooks_on
@@ -227,4 +228,6 @@ def check_layers(
     problems = [r for t in targets if (r := refusal(t.name, t.module, variant.reads_weight != "never"))]
     if problems:
         raise RuntimeError(f"{len(problems)} of {len(targets)} layers cannot carry {variant.name!r}: " + "; ".join(problems[:3]))
+    if hazards := [h for t in targets if (h := hazard(t.name, t.module))]:
+        warnings.warn(f"{len(hazards)} layers: {hazards[0]}", stacklevel=3)
     check_free(model, name, targets, specs)

@@ -83,6 +83,16 @@ def refusal(path: str, layer: nn.Module, reads_weight: bool) -> str | None:
     return f"{path} ({_described(layer)}): {reason}" if reason else None
 
 
+def hazard(path: str, layer: nn.Module) -> str | None:
+    """Why a layer that can carry an adapter may still train wrongly, or None. bitsandbytes 0.50 on CPUs with AVX512-BF16."""
+    if getattr(layer, "support_avx512bf16_for_cpu", False) and layer.weight.device.type == "cpu":
+        return (
+            f"{path}: {_described(layer)} repacks its weight at the first forward in eval mode, and gradients through it are "
+            "wrong from then on (by 98%, measured); set layer.support_avx512bf16_for_cpu = False before any forward"
+        )
+    return None
+
+
 def _unhookable(path: str, layer: nn.Module) -> str | None:
     """Reasons that hold for every variant."""
     weight = layer._parameters.get("weight")

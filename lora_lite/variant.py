@@ -94,6 +94,7 @@ class Variant:
     identity      how near to the base a fresh adapter is
     linear_in_c   whether one layer's change is c times its change at c = 1
     row_c         whether c may differ between the rows of a batch
+    why_not       the reason of each "no" among linear_in_c and row_c
     paper         arXiv id
     """
 
@@ -106,6 +107,7 @@ class Variant:
     identity: ClassVar[Identity] = BITWISE
     linear_in_c: ClassVar[bool] = True
     row_c: ClassVar[bool] = True
+    why_not: ClassVar[Mapping[str, str]] = {}
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:

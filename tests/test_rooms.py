@@ -22,6 +22,7 @@ ROOMS = (
     "__main__",
     "cli",
     "__init__",
+    "table",
     "steering",
     "history",
     "lifecycle",
@@ -112,8 +113,9 @@ def resolve(name: str, files: Sources) -> str:
 
 
 def upward(files: Sources) -> list[str]:
+    """The imports that run upward; a module without a room stands above all, so that whoever imports it is named."""
     depth = {name: i for i, name in enumerate(ROOMS)}
-    return [str(found) for found in imports(files) if depth[room(found.target)] < depth[room(found.module)]]
+    return [str(found) for found in imports(files) if depth.get(room(found.target), -1) < depth.get(room(found.module), -1)]
 
 
 def cycle(files: Sources) -> list[str]:

@@ -1,0 +1,87 @@
+"""Which figures of issue 2 hold here? `python -m benchmarks [--device cpu|cuda] [--only NAME ...] [--out FILE.json]`"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import platform
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lora_lite
+from benchmarks.measure import Row, Setup
+
+NAMES = ("aa", "decode", "prefill", "train", "dora", "imports", "attach")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    torch.set_num_threads(options.threads)
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers by the old name
+    setup = Setup(torch.device(options.device), options.effort)
+    facts = environment(setup, options.threads)
+    print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
+    found: list[Row] = []
+    for name in options.only:
+        for row in importlib.import_module(f"benchmarks.{name}").rows(setup):
+            print(line(row), flush=True)
+            found.append(row)
+    if options.out:
+        write(options.out, facts, found)
+    over = [row.name for row in found if row.verdict == "over"]
+    print(f"{len(over)} of {sum(bool(row.verdict) for row in found)} figures with a bound are over it{': ' if over else ''}{'; '.join(over)}")
+    return 0
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--only", nargs="+", default=NAMES, choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of torch; one, because several wait for each other on a busy machine (up to 8x slower)"
+    )
+    parser.add_argument("--effort", type=float, default=1.0, help="scales the number of rounds: 0.2 for a look, 3 for a noisy machine")
+    return parser.parse_args(arguments)
+
+
+def environment(setup: Setup, threads: int) -> dict[str, Any]:
+    """What the figures depend on, and nothing that tells whose machine it was."""
+    packages = {name: version(name) for name in ("torch", "transformers", "peft")}
+    device = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else f"cpu ({processor()})"
+    facts: dict[str, Any] = {"lora_lite": lora_lite.__version__, **packages, "python": platform.python_version()}
+    return facts | {"device": device, "threads": threads, "effort": setup.effort}
+
+
+def processor() -> str:
+    """The model's name as Linux tells it; platform.processor() says only x86_64 there."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((text.partition(":")[2].strip() for text in lines if text.startswith("model name")), platform.machine())
+
+
+def line(row: Row) -> str:
+    spread, digits = row.spread, 2 if row.unit == "MB" else 3
+    quartiles = f"[{spread.q1:.{digits}f}, {spread.q3:.{digits}f}]" if spread.n > 1 else "counted"
+    bound = "" if row.at_most is None else f"<= {row.at_most:.2f}"
+    return f"{row.benchmark:8} {row.name:52} {spread.median:8.{digits}f} {row.unit} {quartiles:18} n={spread.n:<4}{bound:9}{row.verdict}"
+
+
+def write(path: Path, facts: dict[str, Any], found: Iterable[Row]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [dataclasses.asdict(row) | {"verdict": row.verdict} for row in found]
+    path.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Can the measurement be trusted? The same thing against itself must give 1.00, and 5 % of added work must give 1.05."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from benchmarks.measure import Row, Setup, Spread, Step, ratio_row, time_rounds
+from benchmarks.models import llama, tokens, tree
+
+ADDED = 0.05
+
+
+def rows(setup: Setup) -> Iterator[Row]:
+    model = llama(device=setup.device)
+    for batch, length, rounds in ((1, 1, 80), (4, 256, 12)):
+        ids = tokens(batch, length, setup.device)
+        steps: dict[str, Step] = {name: partial(forward, net, ids) for name, net in {"base": model, "another tree": tree(model)}.items()}
+        pause = ADDED * Spread.of(time_rounds({"base": steps["base"]}, setup, 8)["base"]).median
+        steps["slowed"] = partial(slowed, steps["base"], pause)
+        seconds = time_rounds(steps, setup, rounds)
+        shape = f"{batch}x{length}"
+        yield ratio_row("aa", shape, seconds, "another tree", "base", at_most=1.01, at_least=0.99)
+        yield ratio_row("aa", shape, seconds, "slowed", "base", at_most=1 + ADDED + 0.02, at_least=1 + ADDED - 0.02)
+
+
+@torch.no_grad()
+def forward(model: torch.nn.Module, ids: torch.Tensor) -> None:
+    model(input_ids=ids)
+
+
+def slowed(step: Step, pause: float) -> None:
+    step()
+    end = time.perf_counter() + pause
+    while time.perf_counter() < end:
+        pass

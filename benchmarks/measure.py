@@ -1,0 +1,137 @@
+"""How much longer does one thing take than another, on a machine that is busy with something else?
+
+Times drift by tens of percent on a shared box, ratios of neighbours far less. So everything that is compared runs once in
+each of many short rounds, ratios are taken within a round, and the median and the quartiles of those ratios are reported.
+The order is shuffled and then walked backwards in the next round, so that no one always follows the same other.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+
+Step = Callable[[], object]
+Seconds = dict[str, list[float]]  # by name, one entry per round
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where to measure, and how long: `effort` scales the number of rounds."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    effort: float = 1.0
+
+    def rounds(self, n: int) -> int:
+        return max(4, round(n * self.effort))
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with its quartiles over n rounds."""
+
+    median: float
+    q1: float
+    q3: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        return cls(median, q1, q3, len(values))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report: a figure, its spread, and what the issue allows (None where it is told for comparison only)."""
+
+    benchmark: str
+    name: str
+    spread: Spread
+    at_most: float | None = None
+    at_least: float = 0.0
+    unit: Literal["x", "s", "MB"] = "x"
+    medians: Mapping[str, float] = field(default_factory=dict)  # of what went into a ratio: seconds, or bytes
+
+    @property
+    def verdict(self) -> str:
+        """At the two decimals the bounds are given in: a figure of 1.004 keeps a bound of 1.00."""
+        if self.at_most is None:
+            return ""
+        return "ok" if self.at_least <= round(self.spread.median, 2) <= self.at_most else "over"
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def clock(step: Step, setup: Setup) -> float:
+    """Seconds for one call, with the device idle before and after it."""
+    setup.wait()
+    start = time.perf_counter()
+    step()
+    setup.wait()
+    return time.perf_counter() - start
+
+
+def time_rounds(steps: Mapping[str, Step], setup: Setup, rounds: int, warmup: int = 3) -> Seconds:
+    """Time each step once per round. Steps keep their state between rounds; see `time_fresh` for those that use it up."""
+    return time_fresh({name: partial(_kept, step) for name, step in steps.items()}, setup, rounds, warmup, collect=False)
+
+
+def _kept(step: Step) -> Step:
+    return step
+
+
+def time_fresh(makers: Mapping[str, Callable[[], Step]], setup: Setup, rounds: int, warmup: int = 3, collect: bool = True) -> Seconds:
+    """The same for steps that are made anew for each call; the making is not timed. `collect` picks up their garbage between."""
+    names, shuffle = list(makers), random.Random(0).shuffle
+    seconds: Seconds = {name: [] for name in names}
+    with no_garbage_collection():
+        for number in range(-warmup, setup.rounds(rounds)):
+            if number % 2 == 0:
+                shuffle(names)
+            for name in names if number % 2 == 0 else reversed(names):
+                step = makers[name]()
+                elapsed = clock(step, setup)
+                del step
+                if collect:
+                    gc.collect()
+                if number >= 0:
+                    seconds[name].append(elapsed)
+    return seconds
+
+
+def ratio(seconds: Seconds, name: str, peer: str) -> Spread:
+    """How many times as long `name` took as `peer`, each time beside it in the same round."""
+    return Spread.of([a / b for a, b in zip(seconds[name], seconds[peer], strict=True)])
+
+
+def ratio_row(
+    benchmark: str, label: str, seconds: Seconds, name: str, peer: str, at_most: float | None = None, at_least: float = 0.0
+) -> Row:
+    medians = {name: statistics.median(seconds[name]), peer: statistics.median(seconds[peer])}
+    return Row(benchmark, f"{label}: {name} / {peer}", ratio(seconds, name, peer), at_most, at_least, medians=medians)
+
+
+def exact(value: float) -> Spread:
+    """A figure that is counted, not timed."""
+    return Spread(value, value, value, 1)
