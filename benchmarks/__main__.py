@@ -36,8 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.append(row)
     if options.out:
         write(options.out, facts, found)
-    over = [row.name for row in found if row.verdict == "over"]
-    print(f"{len(over)} of {sum(bool(row.verdict) for row in found)} figures with a bound are over it{': ' if over else ''}{'; '.join(over)}")
+    judged = [row for row in found if row.verdict]
+    over = [f"{row.benchmark} {row.name}" for row in judged if row.verdict == "over"]
+    print(f"{len(over)} of {len(judged)} figures with a bound are over it: {'; '.join(over) or 'none'}")
     return 0
 
 
@@ -73,8 +74,7 @@ def processor() -> str:
 def line(row: Row) -> str:
     spread, digits = row.spread, 2 if row.unit == "MB" else 3
     quartiles = f"[{spread.q1:.{digits}f}, {spread.q3:.{digits}f}]" if spread.n > 1 else "counted"
-    bound = "" if row.at_most is None else f"<= {row.at_most:.2f}"
-    return f"{row.benchmark:8} {row.name:52} {spread.median:8.{digits}f} {row.unit} {quartiles:18} n={spread.n:<4}{bound:9}{row.verdict}"
+    return f"{row.benchmark:8} {row.name:52} {spread.median:8.{digits}f} {row.unit} {quartiles:18} n={spread.n:<4}{row.allowed:11}{row.verdict}"
 
 
 def write(path: Path, facts: dict[str, Any], found: Iterable[Row]) -> None:

@@ -66,6 +66,13 @@ class Row:
     medians: Mapping[str, float] = field(default_factory=dict)  # of what went into a ratio: seconds, or bytes
 
     @property
+    def allowed(self) -> str:
+        """The bound as words: "<= 1.16", "0.99..1.01", or nothing."""
+        if self.at_most is None:
+            return ""
+        return f"{self.at_least:.2f}..{self.at_most:.2f}" if self.at_least else f"<= {self.at_most:.2f}"
+
+    @property
     def verdict(self) -> str:
         """At the two decimals the bounds are given in: a figure of 1.004 keeps a bound of 1.00."""
         if self.at_most is None:

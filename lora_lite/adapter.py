@@ -121,7 +121,7 @@ class Adapter:
         """The exact weight update at c, by target. Raises TypeError naming the variant where it is not a low-rank sum."""
         if self.variant.form != "low-rank":
             raise TypeError(
-                f"variant {self.variant.name!r} (form {self.variant.form!r}) has no low-rank factors; adapter.merged(c) gives its dense effect"
+                f"variant {self.variant.name!r} (form {self.variant.form!r}) has no low-rank factors; adapter.merged(c) has its dense effect"
             )
         tensors = self.tensors()
         return {t: self._update(t, tensors[t]).scaled(c) for t in self.targets}

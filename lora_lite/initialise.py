@@ -94,5 +94,5 @@ def initialise(
         value = made.tensors[field] if field in made.tensors else spec.init(spec.shape, generator)
         if tuple(value.shape) != spec.shape or not bool(torch.isfinite(value).all()):
             raise ValueError(f"{target.name}: initial {field} must be finite and {spec.shape}, got {tuple(value.shape)}")
-        tensors[field] = value.detach().to(config.dtype)
+        tensors[field] = value.detach().to(config.dtype).contiguous()  # as a loaded one: strides decide last bits
     return tensors, made.notes

@@ -43,6 +43,8 @@ VARIANTS: dict[str, Row] = {
     "ia3": Row(ll.IA3Config()),
     "ia3_ff": Row(ll.IA3FFConfig()),
     "dora": Row(ll.DoRAConfig(r=4, alpha=6.0)),
+    "hra": Row(ll.HRAConfig(r=4)),
+    "hra-gs": Row(ll.HRAGSConfig(r=4)),
 }
 each_variant = pytest.mark.parametrize("row", VARIANTS.values(), ids=VARIANTS.keys())
 

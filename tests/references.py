@@ -111,7 +111,34 @@ def dora(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, t
     return y + c * (linear(x, tuned, b) - y)
 
 
-REFERENCES: dict[str, Callable[..., Tensor]] = {"lora": lora, "pissa": pissa, "ia3": ia3, "ia3_ff": ia3_ff, "dora": dora}
+def hra(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_order: bool = False) -> Tensor:
+    """arXiv:2405.17484 equation 3: W H_1 ... H_r, one reflection after the other; x moves to H x in a line."""
+    columns = t["lora_u"].T.flip(0) if wrong_order else t["lora_u"].T
+    H = torch.eye(W.shape[1], dtype=W.dtype)
+    for u in columns:
+        H = H @ (torch.eye(W.shape[1], dtype=W.dtype) - 2 * torch.outer(u, u) / u.square().sum())
+    return linear(x + c * (linear(x, H) - x), W, b)
+
+
+def hra_gs(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "") -> Tensor:
+    """The same with each column made orthogonal to those before it: then the order does not matter."""
+    directions: list[Tensor] = []
+    for u in t["lora_u"].T:
+        for q in directions:
+            u = u - (q @ u) * q
+        directions.append(u / u.norm())
+    return hra(W, b, {"lora_u": torch.stack(directions, dim=1)}, cfg, x, c, target)
+
+
+REFERENCES: dict[str, Callable[..., Tensor]] = {
+    "lora": lora,
+    "pissa": pissa,
+    "ia3": ia3,
+    "ia3_ff": ia3_ff,
+    "dora": dora,
+    "hra": hra,
+    "hra_gs": hra_gs,
+}
 
 
 def reference(W: Tensor, b: Tensor | None, tensors: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "") -> Tensor:

@@ -69,14 +69,8 @@ def test_options_become_a_job(run: Any, asked: list[demo.Job], tmp_path: Path) -
     assert status == 0 and json.loads(out)["trait"] == "P(x)"
     (job,) = asked
     assert job.config == ll.PiSSAConfig(r=4, alpha=16.0, layer_range=(0.2, 0.8), train="spectrum")
-    assert (job.model, job.pairs, job.out, job.seed, job.training.steps, job.training.seed) == (
-        "some/model",
-        Path("p.jsonl"),
-        Path("here"),
-        3,
-        7,
-        3,
-    )
+    assert (job.model, job.pairs, job.out) == ("some/model", Path("p.jsonl"), Path("here"))
+    assert (job.training.steps, job.training.seed, job.sampling.seed, job.recipe.seed, job.seed) == (7, 3, 3, 3, 3)
 
 
 def test_nothing_given_is_lora_on_the_tiny_model(run: Any, asked: list[demo.Job]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft import HRAConfig, IA3Config, LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -33,7 +33,11 @@ NAMES = ["q_proj", "k_proj", "v_proj", "down_proj"]
 TARGETS = tuple(rf"\.{name}$" for name in NAMES)
 LAYER_1 = r"layers\.1\..*"
 PATTERNS: dict[str, Any] = {"rank_pattern": {"k_proj": 3, LAYER_1: 6}, "alpha_pattern": {LAYER_1: 5.0, "v_proj": 2.0}}
-ATTRIBUTES = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_magnitude_vector": "lora_m", "ia3_l": "lora_l"}
+ATTRIBUTES = {
+    **{"lora_A": "lora_A", "lora_B": "lora_B", "lora_magnitude_vector": "lora_m", "ia3_l": "lora_l"},
+    **{"hra_u": "lora_u"},
+}
+NEAR_A_START = ("lora_l", "lora_m")  # drawn around where PEFT starts, not around zero
 
 Grads = dict[tuple[str, str], Tensor]
 
@@ -63,6 +67,8 @@ CASES = {
         lambda: IA3Config(target_modules=NAMES, feedforward_modules=["down_proj"]),
         (ll.IA3Config(targets=TARGETS[:3]), ll.IA3FFConfig(targets=TARGETS[3:])),
     ),
+    "hra": Case(lambda: HRAConfig(r=4, target_modules=NAMES), (ll.HRAConfig(r=4, targets=TARGETS),)),
+    "hra_gs": Case(lambda: HRAConfig(r=4, target_modules=NAMES, apply_GS=True), (ll.HRAGSConfig(r=4, targets=TARGETS),)),
 }
 
 
@@ -111,7 +117,7 @@ def peft_run(name: str) -> tuple[Run, dict[str, dict[str, Tensor]]]:
         for group in parameters.values():
             for key, p in group.items():
                 noise = torch.randn(p.shape, generator=draw, dtype=torch.float64) * 0.2
-                p.copy_(p + noise if key in ("lora_l", "lora_m") else noise)
+                p.copy_(p + noise if key in NEAR_A_START else noise)
     result = run(model, parameters)
     return result, {target: {k: stored(target, k, p) for k, p in group.items()} for target, group in parameters.items()}
 
@@ -195,6 +201,22 @@ def test_the_library_is_peft(name: str) -> None:
     assert_same(library_run(name), peft_run(name)[0])
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_as_many_numbers_are_trained_as_in_peft(name: str) -> None:
+    want: dict[str, int] = {}
+    for (target, _), grad in peft_run(name)[0].grads.items():
+        want[target] = want.get(target, 0) + grad.numel()
+    assert {target: trained(config_of(CASES[name], target), target) for target in want} == want
+
+
+def trained(config: ll.AdapterConfig, target: str) -> int:
+    """How many numbers a variant trains on one layer: what its declared tensors hold."""
+    layer = base().get_submodule(target)
+    size = layer.in_features, layer.out_features
+    specs = ll.REGISTRY[config.variant].param_specs(*size, config.at(target, *size))
+    return sum(math.prod(spec.shape) for spec in specs.values() if spec.trainable)
+
+
 def wrong_only(variant: str, formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """The references, with `formula` in the place of one variant's."""
 
@@ -209,6 +231,8 @@ MISTAKES = {
     "patterns ignored": ("patterns", "lora", lambda *a: references.lora(*a[:3], ll.LoRAConfig(r=4, alpha=6.0), *a[4:]), "logits"),
     "bias not scaled": ("ia3", "ia3", partial(references.ia3, wrong_bias=True), "logits"),
     "norm not detached": ("dora", "dora", partial(references.dora, wrong_norm=True), "gradients"),
+    "first column first": ("hra", "hra", partial(references.hra, wrong_order=True), "logits"),
+    "reflections not made orthogonal": ("hra_gs", "hra_gs", references.hra, "logits"),
 }
 
 

@@ -16,7 +16,9 @@ from tests.models import VARIANTS, Row, attach, llama, mlp, normal, randomise, t
 
 RTOL = 1e-6
 KINDS = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-METHODS = pytest.mark.parametrize("row", [VARIANTS[n] for n in ("lora", "pissa", "ia3_ff", "dora")], ids=["lora", "pissa", "ia3_ff", "dora"])
+METHODS = pytest.mark.parametrize(
+    "row", [VARIANTS[n] for n in ("lora", "pissa", "ia3_ff", "dora")], ids=["lora", "pissa", "ia3_ff", "dora"]
+)
 
 Case = Callable[[nn.Module, ll.Adapter, Callable[[], Tensor]], None]
 
@@ -81,7 +83,9 @@ def nested(model: nn.Module, adapter: ll.Adapter) -> Tensor:
         return inner + loss(model)
 
 
-CASES = pytest.mark.parametrize("case", [after_the_block, joint, with_the_reference, per_row, resting_moved, nested], ids=lambda f: f.__name__)
+CASES = pytest.mark.parametrize(
+    "case", [after_the_block, joint, with_the_reference, per_row, resting_moved, nested], ids=lambda f: f.__name__
+)
 
 
 def gradients(adapter: ll.Adapter, value: Tensor) -> list[Tensor]:
@@ -206,13 +210,13 @@ class Foreign(torch.autograd.Function):
     """A recomputing function that torch.utils.checkpoint knows nothing of, as fused losses have."""
 
     @staticmethod
-    def forward(ctx, run, x):  # noqa: ANN001, ANN205
+    def forward(ctx, run, x):
         ctx.run, ctx.x = run, x
         with torch.no_grad():
             return run(x)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         with torch.enable_grad():
             x = ctx.x.detach().requires_grad_()
             torch.autograd.backward(ctx.run(x), grad)

@@ -86,7 +86,7 @@ def demo(job: Job) -> dict[str, Any]:
         held = {"c0_bit_identical_to_base": checks.zero_is_base(model, adapter, inputs, base)}
         held |= checks.survives_the_file(model, adapter, job.out / "adapter.safetensors", inputs, pristine)
 
-    summary = summarise(job, contrasted, judge, adapter, losses, samples, held, clock)
+    summary = summarise(job, contrasted, judge, adapter, losses, samples, model.num_parameters(), held, clock)
     doses, region = sweep.doses_of(samples), summary["gradual_region"]
     with clock("plot"):
         plot.dose_response(job.out / "dose_response.png", doses, region, summary["trait"], summary["title"])
@@ -133,11 +133,11 @@ def calibration(job: Job, tokenizer: Any, contrasted: Contrast, model: Any) -> A
 
 
 def summarise(
-    job: Job, contrasted: Contrast, judge: Judge, adapter: ll.Adapter, losses: list[float], samples: list[sweep.Sample],
+    job: Job, contrasted: Contrast, judge: Judge, adapter: ll.Adapter, losses: list[float], samples: list[sweep.Sample], parameters: int,
     held: Mapping[str, bool], clock: Clock,
 ) -> dict[str, Any]:  # fmt: skip
     doses = sweep.doses_of(samples)
-    name = job.model or "a 0.87M-parameter Llama trained on the Python standard library"
+    name = job.model or "a tiny Llama trained on the Python standard library"
     return {
         "title": f"{job.config.variant} on {Path(name).name if job.model else name}: {contrasted.chosen} against {contrasted.rejected}",
         "ok": all(held.values()),
@@ -148,7 +148,7 @@ def summarise(
         "doses": [dataclasses.asdict(d) for d in doses],
         "loss": {"first": losses[0], "last": losses[-1]} if losses else {},
         "made": {
-            "model": name,
+            "model": f"{name}, {parameters:,} parameters",
             "pairs": str(job.pairs or "standard library"),
             "adapter": str(adapter),
             "config": job.config.to_json(),
