@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks transformers by the old name
-    setup = Setup(torch.device(options.device), options.effort)
-    facts = environment(setup, options.threads)
+    setup = Setup(torch.device(options.device), options.effort, options.threads)
+    facts = environment(setup)
     print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     found: list[Row] = []
     for name in options.only:
@@ -54,12 +54,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def environment(setup: Setup, threads: int) -> dict[str, Any]:
+def environment(setup: Setup) -> dict[str, Any]:
     """What the figures depend on, and nothing that tells whose machine it was."""
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
     device = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else f"cpu ({processor()})"
     facts: dict[str, Any] = {"lora_lite": lora_lite.__version__, **packages, "python": platform.python_version()}
-    return facts | {"device": device, "threads": threads, "effort": setup.effort}
+    return facts | {"device": device, "threads": setup.threads, "clock": setup.clock, "effort": setup.effort}
 
 
 def processor() -> str:
@@ -72,9 +72,10 @@ def processor() -> str:
 
 
 def line(row: Row) -> str:
-    spread, digits = row.spread, 2 if row.unit == "MB" else 3
-    quartiles = f"[{spread.q1:.{digits}f}, {spread.q3:.{digits}f}]" if spread.n > 1 else "counted"
-    return f"{row.benchmark:8} {row.name:52} {spread.median:8.{digits}f} {row.unit} {quartiles:18} n={spread.n:<4}{row.allowed:11}{row.verdict}"
+    spread = row.spread
+    quartiles = f"[{spread.q1:.3f}, {spread.q3:.3f}]" if spread.n > 1 else "counted"
+    figure = f"{spread.median:8.3f} {row.unit} {quartiles:16} n={spread.n:<4}"
+    return f"{row.benchmark:8} {row.name:48} {figure} {row.allowed:11} {row.verdict}"
 
 
 def write(path: Path, facts: dict[str, Any], found: Iterable[Row]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -20,7 +19,7 @@ def rows(setup: Setup) -> Iterator[Row]:
         ids = tokens(batch, length, setup.device)
         steps: dict[str, Step] = {name: partial(forward, net, ids) for name, net in {"base": model, "another tree": tree(model)}.items()}
         pause = ADDED * Spread.of(time_rounds({"base": steps["base"]}, setup, 8)["base"]).median
-        steps["slowed"] = partial(slowed, steps["base"], pause)
+        steps["slowed"] = partial(slowed, steps["base"], pause, setup)
         seconds = time_rounds(steps, setup, rounds)
         shape = f"{batch}x{length}"
         yield ratio_row("aa", shape, seconds, "another tree", "base", at_most=1.01, at_least=0.99)
@@ -32,8 +31,8 @@ def forward(model: torch.nn.Module, ids: torch.Tensor) -> None:
     model(input_ids=ids)
 
 
-def slowed(step: Step, pause: float) -> None:
+def slowed(step: Step, pause: float, setup: Setup) -> None:
     step()
-    end = time.perf_counter() + pause
-    while time.perf_counter() < end:
+    end = setup.now() + pause
+    while setup.now() < end:
         pass

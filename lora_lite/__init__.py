@@ -9,13 +9,29 @@ from lora_lite.lifecycle import adapters, attach, load
 from lora_lite.lowrank import LowRank, stack
 from lora_lite.target import Target, find_targets
 from lora_lite.variant import REGISTRY, Base, Identity, Initial, ParamSpec, Variant, register
-from lora_lite.variants import DoRAConfig, HRAConfig, HRAGSConfig, IA3Config, IA3FFConfig, LoRAConfig, PiSSAConfig
+from lora_lite.variants import (
+    DeLoRAConfig,
+    DoRAConfig,
+    HiRAConfig,
+    HRAConfig,
+    HRAGSConfig,
+    IA3Config,
+    IA3FFConfig,
+    LoRAConfig,
+    LoRAXSConfig,
+    MiSSConfig,
+    OFTConfig,
+    PiSSAConfig,
+    ROADConfig,
+    VeRAConfig,
+)
 from lora_lite.version import __version__
 
 logger.disable("lora_lite")  # a library is silent; `logger.enable("lora_lite")` lets it speak, as the command line does
 
 __all__ = [
-    "REGISTRY", "Adapter", "AdapterConfig", "Base", "CheckpointError", "DoRAConfig", "HRAConfig", "HRAGSConfig", "IA3Config", "IA3FFConfig", "Identity",
-    "Initial", "LoRAConfig", "LowRank", "ParamSpec", "PiSSAConfig", "RankedConfig", "Target", "Variant", "__version__",
-    "adapters", "attach", "find_targets", "load", "register", "stack",
+    "Adapter", "AdapterConfig", "Base", "CheckpointError", "DeLoRAConfig", "DoRAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig",
+    "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig", "OFTConfig", "ParamSpec",
+    "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "Target", "Variant", "VeRAConfig", "__version__", "adapters", "attach",
+    "find_targets", "load", "register", "stack",
 ]  # fmt: skip

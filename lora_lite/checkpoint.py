@@ -93,6 +93,7 @@ def snapshot(contents: Contents) -> dict[str, Tensor]:
         *problem("given to several tensors", [n for n, times in Counter(n for n, _ in named).items() if times > 1]),
         *key_problems(flat, list(contents.also)),
         *problem("of a dtype the format does not hold", [f"{n} ({v.dtype})" for n, v in flat.items() if v.dtype not in DTYPES]),
+        *problem("that is not Unicode", [n for n in flat if not is_unicode(n)]),
         *problem("holding NaN or infinity", non_finite(flat)),
     ]
     if problems:
@@ -149,10 +150,7 @@ def header(metadata: Mapping[str, str], flat: Mapping[str, Tensor]) -> bytes:
     for name, v in in_place(flat):
         offsets[name] = [end, end := end + v.nbytes]
     entries = {n: {"dtype": DTYPES[v.dtype], "shape": list(v.shape), "data_offsets": offsets[n]} for n, v in flat.items()}
-    try:
-        text = json.dumps({"__metadata__": dict(sorted(metadata.items()))} | entries, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError as error:
-        raise CheckpointError(f"not saved: a name is not Unicode: {brief(error)}") from error
+    text = json.dumps({"__metadata__": dict(sorted(metadata.items()))} | entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > HEADER_LIMIT:
         raise CheckpointError(f"not saved: names and metadata take {len(text):,} bytes, safetensors allows {HEADER_LIMIT:,}")
@@ -318,7 +316,7 @@ def resembles(metadata: Mapping[str, str], names: list[str]) -> str:
     if any_key(r"^(A|B|U|S|Vh|delta_s)\..*__"):
         return "it looks like an adapter of lora-lite's predecessor; load it there, or train it again."
     if all(map(is_own, names)) and names:
-        return "its keys are an adapter's, its header is not: perhaps a state_dict saved as it is. docs/format.md says what the header must hold."
+        return "its keys are an adapter's, its header is not: perhaps a bare state_dict. docs/format.md says what the header must hold."
     if any_key(r"\.(weight|bias)$"):
         return (
             "it looks like a model's weights; AutoModelForCausalLM.from_pretrained(folder) loads those, adapter.save(path) writes adapters."

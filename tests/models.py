@@ -45,6 +45,16 @@ VARIANTS: dict[str, Row] = {
     "dora": Row(ll.DoRAConfig(r=4, alpha=6.0)),
     "hra": Row(ll.HRAConfig(r=4)),
     "hra-gs": Row(ll.HRAGSConfig(r=4)),
+    "delora": Row(ll.DeLoRAConfig(r=4, strength=1.5)),
+    "delora-zeros": Row(ll.DeLoRAConfig(r=4, strength=1.5, init="zeros")),
+    "hira": Row(ll.HiRAConfig(r=4)),
+    "miss": Row(ll.MiSSConfig(r=3)),
+    "lora-xs": Row(ll.LoRAXSConfig(r=4, alpha=6.0, std=0.1)),
+    "vera": Row(ll.VeRAConfig(r=6)),
+    "oft": Row(ll.OFTConfig(block_size=8)),
+    "oft-neumann": Row(ll.OFTConfig(block_size=8, cayley="neumann")),
+    "road": Row(ll.ROADConfig(group_size=4)),
+    "road-4": Row(ll.ROADConfig(kind="road_4", group_size=8)),
 }
 each_variant = pytest.mark.parametrize("row", VARIANTS.values(), ids=VARIANTS.keys())
 

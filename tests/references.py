@@ -130,6 +130,88 @@ def hra_gs(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any,
     return hra(W, b, {"lora_u": torch.stack(directions, dim=1)}, cfg, x, c, target)
 
 
+def road(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_pairs: bool = False) -> Tensor:
+    """arXiv:2409.00119 equation 4, pair by pair: rotated by c theta, stretched by 1 + c (alpha - 1); alpha - 1 is stored."""
+    y, n = linear(x, W, b), len(W) - len(W) % 2
+    size = next(g for g in range(cfg.group_size, 0, -2) if n % g == 0)
+    theta, alpha = (t[key] for key in ("lora_theta", "lora_alpha"))
+    new = list(y.unbind(-1))
+    c = c[..., 0] if isinstance(c, Tensor) and c.dim() else c
+    for start in range(0, n, size):
+        for k in range(size // 2):
+            i, j = (start + 2 * k, start + 2 * k + 1) if wrong_pairs else (start + k, start + k + size // 2)
+            for here, there, sign, half in ((i, j, -1, 0), (j, i, 1, 1)):
+                if cfg.kind == "road_4":
+                    place = 2 * start + half * size // 2 + k
+                    own, other = place, place + size
+                else:
+                    own = other = start // 2 + k if cfg.kind == "road_1" else start + half * size // 2 + k
+                kept = (1 + c * alpha[own]) * torch.cos(c * theta[own]) * y[..., here]
+                new[here] = kept + sign * (1 + c * alpha[other]) * torch.sin(c * theta[other]) * y[..., there]
+    return torch.stack(new, dim=-1)
+
+
+def oft(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_way: bool = False) -> Tensor:
+    """arXiv:2306.07280 section 3.3 and 2506.19847: x R with R = (I + cQ)(I - cQ)^-1 per block, the inverse as PEFT truncates it."""
+    n, numbers = t["lora_Q"].shape
+    size = W.shape[1] // n
+    assert numbers == size * (size - 1) // 2
+    eye = torch.eye(size, dtype=W.dtype)
+    blocks = []
+    for upper in t["lora_Q"]:
+        Q, k = torch.zeros_like(eye), 0
+        for i in range(size):
+            for j in range(i + 1, size):
+                unit = torch.outer(eye[i], eye[j])
+                Q, k = Q + upper[k] * (unit - unit.T), k + 1
+        Q = (c[..., None] if isinstance(c, Tensor) and c.dim() else c) * (-Q if wrong_way else Q)
+        if cfg.cayley == "exact":
+            blocks.append((eye + Q) @ torch.linalg.inv(eye - Q))
+        else:
+            blocks.append(eye + 2 * sum(torch.linalg.matrix_power(Q, k) for k in range(1, cfg.terms - 1)) + Q.matrix_power(cfg.terms - 1))
+    turned = [(part[..., None, :] @ R)[..., 0, :] for part, R in zip(x.split(size, dim=-1), blocks, strict=True)]
+    return linear(torch.cat(turned, dim=-1), W, b)
+
+
+def delora_update(A: Tensor, B: Tensor, strength: Any, w: Tensor) -> Tensor:
+    """arXiv:2503.18225 equation 8: each rank of unit size, all together at most lambda, columns scaled as W's."""
+    ranks = [torch.outer(b, a) / (b.norm().clamp_min(1e-4) * a.norm().clamp_min(1e-4)) for a, b in zip(A, B.T, strict=True)]
+    return strength / len(ranks) * torch.stack(ranks).sum(0) * w
+
+
+def delora(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_norm: bool = False) -> Tensor:
+    """The norms are of W's input columns. From the paper's start, what the first A, B and lambda would add is taken away."""
+    w = W.norm(dim=1).mean() if wrong_norm else W.norm(dim=0)
+    if cfg.init == "zeros":
+        return linear(x, W, b) + c * linear(x, delora_update(t["lora_A"], t["lora_B"], t["lora_lambda"], w))
+    start = delora_update(t["lora_A0"], t["lora_B0"], cfg.strength, w)
+    now = delora_update(t["lora_A0"] + t["lora_A"], t["lora_B0"] + t["lora_B"], t["lora_lambda"], w)
+    return linear(x, W, b) + c * linear(x, now - start)
+
+
+def hira(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "") -> Tensor:
+    """HiRA, ICLR 2025, equation 4: the update is W masked by BA."""
+    return linear(x, W, b) + c * linear(x, W * (t["lora_B"] @ t["lora_A"]))
+
+
+def miss(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_blocks: bool = False) -> Tensor:
+    """arXiv:2409.15371: every block of r inputs meets the same shard; column j of W gets row j mod r of it."""
+    M, d_in = t["lora_M"], W.shape[1]
+    rows = [j * len(M) // d_in if wrong_blocks else j % len(M) for j in range(d_in)]
+    return linear(x, W, b) + c * linear(x, M[rows].T)
+
+
+def lora_xs(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "") -> Tensor:
+    """arXiv:2405.17604 equation 2."""
+    return linear(x, W, b) + c * linear(x, cfg.alpha / len(t["lora_R"]) * t["lora_B"] @ t["lora_R"] @ t["lora_A"])
+
+
+def vera(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_scale: float = 1.0) -> Tensor:
+    """arXiv:2310.11454 equation 2; no alpha/r."""
+    update = torch.diag(t["lora_b"]) @ t["lora_B"] @ torch.diag(t["lora_d"]) @ t["lora_A"]
+    return linear(x, W, b) + c * linear(x, wrong_scale * update)
+
+
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     "lora": lora,
     "pissa": pissa,
@@ -138,6 +220,13 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "dora": dora,
     "hra": hra,
     "hra_gs": hra_gs,
+    "delora": delora,
+    "hira": hira,
+    "miss": miss,
+    "lora_xs": lora_xs,
+    "vera": vera,
+    "oft": oft,
+    "road": road,
 }
 
 

@@ -16,7 +16,19 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from peft import HRAConfig, IA3Config, LoraConfig, PeftConfig, get_peft_model
+from peft import (
+    DeloraConfig,
+    HiraConfig,
+    HRAConfig,
+    IA3Config,
+    LoraConfig,
+    MissConfig,
+    OFTConfig,
+    PeftConfig,
+    RoadConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -35,9 +47,11 @@ LAYER_1 = r"layers\.1\..*"
 PATTERNS: dict[str, Any] = {"rank_pattern": {"k_proj": 3, LAYER_1: 6}, "alpha_pattern": {LAYER_1: 5.0, "v_proj": 2.0}}
 ATTRIBUTES = {
     **{"lora_A": "lora_A", "lora_B": "lora_B", "lora_magnitude_vector": "lora_m", "ia3_l": "lora_l"},
-    **{"hra_u": "lora_u"},
+    **{"delora_A": "lora_A", "delora_B": "lora_B", "delora_lambda": "lora_lambda", "hira_A": "lora_A", "hira_B": "lora_B"},
+    **{"miss_block": "lora_M", "vera_lambda_b": "lora_b", "vera_lambda_d": "lora_d"},
+    **{"hra_u": "lora_u", "oft_R": "lora_Q", "road_theta": "lora_theta", "road_alpha": "lora_alpha"},
 }
-NEAR_A_START = ("lora_l", "lora_m")  # drawn around where PEFT starts, not around zero
+NEAR_A_START = ("lora_l", "lora_m", "lora_alpha", "lora_lambda")  # drawn around where PEFT starts, not around zero
 
 Grads = dict[tuple[str, str], Tensor]
 
@@ -47,6 +61,12 @@ class Case(NamedTuple):
 
     peft: Callable[[], PeftConfig]
     ours: tuple[ll.AdapterConfig, ...]
+    frozen: tuple[str, ...] = ()  # tensors PEFT does not train, taken over all the same
+    negated: tuple[str, ...] = ()  # tensors of the opposite sign there: PEFT's exact OFT turns against its own Neumann form
+
+
+def oft(neumann: bool) -> Callable[[], PeftConfig]:
+    return lambda: OFTConfig(oft_block_size=8, r=0, use_cayley_neumann=neumann, target_modules=NAMES)
 
 
 CASES = {
@@ -69,6 +89,22 @@ CASES = {
     ),
     "hra": Case(lambda: HRAConfig(r=4, target_modules=NAMES), (ll.HRAConfig(r=4, targets=TARGETS),)),
     "hra_gs": Case(lambda: HRAConfig(r=4, target_modules=NAMES, apply_GS=True), (ll.HRAGSConfig(r=4, targets=TARGETS),)),
+    "delora": Case(
+        lambda: DeloraConfig(r=4, target_modules=NAMES), (ll.DeLoRAConfig(r=4, init="zeros", targets=TARGETS),), frozen=("lora_w",)
+    ),
+    "hira": Case(lambda: HiraConfig(r=4, target_modules=NAMES), (ll.HiRAConfig(r=4, targets=TARGETS),)),
+    "miss": Case(lambda: MissConfig(r=8, target_modules=NAMES), (ll.MiSSConfig(r=8, targets=TARGETS),)),
+    "miss_padded": Case(lambda: MissConfig(r=7, target_modules=NAMES), (ll.MiSSConfig(r=7, targets=TARGETS),)),
+    "vera": Case(lambda: VeraConfig(r=12, target_modules=NAMES), (ll.VeRAConfig(r=12, targets=TARGETS),), frozen=("lora_A", "lora_B")),
+    "oft": Case(oft(neumann=True), (ll.OFTConfig(block_size=8, cayley="neumann", targets=TARGETS),)),
+    "oft_exact": Case(oft(neumann=False), (ll.OFTConfig(block_size=8, targets=TARGETS),), negated=("lora_Q",)),
+    **{
+        kind: Case(
+            lambda kind=kind: RoadConfig(variant=kind, group_size=8, target_modules=NAMES),
+            (ll.ROADConfig(kind=kind, group_size=8, targets=TARGETS),),
+        )
+        for kind in ("road_1", "road_2", "road_4")
+    },
 }
 
 
@@ -107,6 +143,14 @@ def peft_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return found
 
 
+def peft_frozen(model: nn.Module, target: str, field: str) -> Tensor:
+    """PEFT's buffers of one layer under our names; VeRA's are one pair for all, of which each layer takes the corner."""
+    layer: Any = model.get_submodule(target)
+    if field == "lora_w":
+        return layer.delora_w_norm["default"]
+    return layer.vera_A["default"][:, : layer.in_features] if field == "lora_A" else layer.vera_B["default"][: layer.out_features]
+
+
 @lru_cache
 def peft_run(name: str) -> tuple[Run, dict[str, dict[str, Tensor]]]:
     """PEFT's run with its tensors drawn at random, and those tensors as this library stores them (l - 1, m - |W|)."""
@@ -118,13 +162,17 @@ def peft_run(name: str) -> tuple[Run, dict[str, dict[str, Tensor]]]:
             for key, p in group.items():
                 noise = torch.randn(p.shape, generator=draw, dtype=torch.float64) * 0.2
                 p.copy_(p + noise if key in NEAR_A_START else noise)
-    result = run(model, parameters)
-    return result, {target: {k: stored(target, k, p) for k, p in group.items()} for target, group in parameters.items()}
+    result, sign = run(model, parameters), {key: -1.0 for key in CASES[name].negated}
+    result = Run(result.logits, {(target, k): sign.get(k, 1.0) * grad for (target, k), grad in result.grads.items()})
+    kept = {target: {k: sign.get(k, 1.0) * stored(target, k, p) for k, p in group.items()} for target, group in parameters.items()}
+    for target, group in kept.items():
+        group |= {key: peft_frozen(model.base_model.model, target, key).detach().double() for key in CASES[name].frozen}
+    return result, kept
 
 
 def stored(target: str, key: str, p: Tensor) -> Tensor:
     p = p.detach().clone()
-    if key == "lora_l":
+    if key in ("lora_l", "lora_alpha"):
         return p.flatten() - 1
     return p - base().get_submodule(target).weight.detach().norm(dim=1) if key == "lora_m" else p
 
@@ -150,7 +198,8 @@ def plain_hooks(model: nn.Module, formulas: Mapping[str, Callable[..., Tensor]])
 
 
 def reference_run(name: str, formula: Callable[..., Tensor] = reference) -> Run:
-    tensors = {t: {k: v.clone().requires_grad_() for k, v in group.items()} for t, group in peft_run(name)[1].items()}
+    frozen = CASES[name].frozen
+    tensors = {t: {k: v.clone().requires_grad_(k not in frozen) for k, v in group.items()} for t, group in peft_run(name)[1].items()}
     model = copy.deepcopy(base()).requires_grad_(False)
 
     def at(target: str) -> Callable[..., Tensor]:
@@ -232,6 +281,13 @@ MISTAKES = {
     "bias not scaled": ("ia3", "ia3", partial(references.ia3, wrong_bias=True), "logits"),
     "norm not detached": ("dora", "dora", partial(references.dora, wrong_norm=True), "gradients"),
     "first column first": ("hra", "hra", partial(references.hra, wrong_order=True), "logits"),
+    "the inverse rotation": ("oft", "oft", partial(references.oft, wrong_way=True), "logits"),
+    "PEFT's exact rotation, its sign kept": ("oft_exact", "oft", partial(references.oft, wrong_way=True), "logits"),
+    "norms of W's rows": ("delora", "delora", partial(references.delora, wrong_norm=True), "logits"),
+    "W left out of the mask": ("hira", "hira", lambda W, b, *a: references.hira(torch.ones_like(W), b, *a), "logits"),
+    "neighbours share a row of the shard": ("miss", "miss", partial(references.miss, wrong_blocks=True), "logits"),
+    "a scale of 1/r": ("vera", "vera", partial(references.vera, wrong_scale=1 / 12), "logits"),
+    "adjacent outputs in pairs": ("road_2", "road", partial(references.road, wrong_pairs=True), "logits"),
     "reflections not made orthogonal": ("hra_gs", "hra_gs", references.hra, "logits"),
 }
 

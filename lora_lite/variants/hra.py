@@ -72,9 +72,10 @@ class HRA(Variant):
     @staticmethod
     def prepare(cfg: Any, p: Params, base: Base, c: float | Tensor) -> Params:
         U = unit_columns(p["lora_u"])
-        eye = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
-        T = torch.linalg.solve_triangular(torch.triu(U.T @ U, 1) + eye / 2, eye, upper=True)
-        return {"A": U.T, "B": -U @ T}  # H - I = B A
+        with torch.autocast(U.device.type, enabled=False):  # it would take U^T U down to bfloat16
+            eye = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+            T = torch.linalg.solve_triangular(torch.triu(U.T @ U, 1) + eye / 2, eye, upper=True)
+            return {"A": U.T, "B": -U @ T}  # H - I = B A
 
     @staticmethod
     def delta(cfg: Any, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:

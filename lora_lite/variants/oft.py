@@ -1,0 +1,139 @@
+"""OFT: y = W R^T x + b, R block-diagonal and orthogonal: x is cut into blocks of b, each turned by its own Cayley transform.
+
+    R = (I + Q)(I - Q)^-1,  x_block -> x_block R,  Q skew-symmetric, b (b - 1) / 2 numbers above its diagonal
+
+arXiv:2306.07280; cayley="neumann" is OFTv2's truncated inverse, arXiv:2506.19847: (I + Q)(I + Q + ... + Q^(terms - 2)), near a
+rotation while |Q| is small. Both turn the same way; PEFT's exact form turns the other way, by -Q. c turns in part: Q_c = c Q,
+so the exact R stays a rotation and R(-c) undoes R(c).
+
+Cost. One c for the call shares one b x b matrix per block. With a c per row or token (always, in compiled graphs) a matrix
+for each would be b times the activations, so none is formed: neumann applies Q terms - 1 times, exact goes through one
+eigendecomposition of Q^2 per layer and call, and adds some five tensors as large as x.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite.config import AdapterConfig
+from lora_lite.variant import Base, Params, ParamSpec, Variant, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class OFTConfig(AdapterConfig):
+    """`OFTConfig(block_size=32)`. Where block_size does not divide d_in, the layer's blocks have the largest smaller size that does.
+
+    cayley  "exact": a rotation for every Q and c. "neumann": no linear solve, PEFT's default, a rotation only near Q = 0
+    terms   of "neumann": how many powers of Q, 0 included, the product holds
+    """
+
+    variant: ClassVar[str] = "oft"
+    block_size: int = 32
+    cayley: Literal["exact", "neumann"] = "exact"
+    terms: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cayley not in ("exact", "neumann"):
+            raise ValueError(f'cayley must be "exact" or "neumann", got {self.cayley!r}')
+        for name, least in (("block_size", 2), ("terms", 3)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
+
+    def at(self, target: str, d_in: int, d_out: int) -> Self:
+        b = next(b for b in range(self.block_size, 0, -1) if d_in % b == 0)
+        if b == 1:
+            raise ValueError(f"{target} has {d_in} inputs, which no block size from 2 to {self.block_size} divides; raise block_size")
+        return dataclasses.replace(self, block_size=b)
+
+
+@register
+class OFT(Variant):
+    name = "oft"
+    Config = OFTConfig
+    paper = "2306.07280"
+    form = "input"
+    linear_in_c = False
+
+    @staticmethod
+    def param_specs(d_in: int, d_out: int, cfg: OFTConfig) -> dict[str, ParamSpec]:
+        b = cfg.block_size
+        return {"lora_Q": ParamSpec((d_in // b, b * (b - 1) // 2))}
+
+    @staticmethod
+    def prepare(cfg: OFTConfig, p: Params, base: Base, c: float | Tensor) -> Params:
+        Q = skew(p["lora_Q"], cfg.block_size)
+        with torch.autocast(Q.device.type, enabled=False):  # it would take the small products down to bfloat16
+            if isinstance(c, Tensor) and c.dim():
+                return {"Q": Q, **eigenvectors(Q)} if cfg.cayley == "exact" else {"Q": Q}
+            Q = c * Q
+            return {"turn": exact(Q) if cfg.cayley == "exact" else neumann(Q, lambda z: z @ Q, cfg.terms)}
+
+    @staticmethod
+    def delta(cfg: OFTConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+        blocks = x.unflatten(-1, (-1, cfg.block_size))
+        if "turn" in p:
+            return times(blocks, p["turn"]).flatten(-2)
+        assert isinstance(c, Tensor)
+        c = c[..., None].to(x.dtype)
+        if cfg.cayley == "neumann":
+            return neumann(c * times(blocks, p["Q"]), lambda z: c * times(z, p["Q"]), cfg.terms).flatten(-2)
+        z = solve(blocks, p["Q"], p["V"], p["squares"], c)
+        return (2 * c * times(z, p["Q"])).flatten(-2)  # x (I + cQ)(I - cQ)^-1 - x = 2 z c Q
+
+
+def times(x: Float[Tensor, "*batch n b"], M: Float[Tensor, "n b b"]) -> Float[Tensor, "*batch n b"]:
+    return torch.einsum("...nb,nbc->...nc", x, M)
+
+
+def skew(upper: Float[Tensor, "n k"], b: int) -> Float[Tensor, "n b b"]:
+    """The numbers above the diagonal, row after row, and their negatives below; in float32 at least, as LAPACK wants."""
+    upper = upper.to(torch.promote_types(upper.dtype, torch.float32))
+    rows, columns = torch.triu_indices(b, b, 1, device=upper.device)
+    half = upper.new_zeros(len(upper), b * b).index_copy(1, rows * b + columns, upper).unflatten(1, (b, b))
+    return half - half.mT
+
+
+def exact(Q: Float[Tensor, "n b b"]) -> Float[Tensor, "n b b"]:
+    """R - I = 2 Q (I - Q)^-1, which takes no difference of near numbers."""
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    return torch.linalg.solve(eye - Q, 2 * Q, left=False)
+
+
+def neumann(first: Tensor, times_P: Callable[[Tensor], Tensor], terms: int) -> Tensor:
+    """x (I + P)(I + P + ... + P^(terms - 2)) - x from first = x P, by Horner."""
+    z = first
+    for _ in range(terms - 3):
+        z = first + times_P(z)
+    return first + z + times_P(z)
+
+
+@torch.no_grad()
+def eigenvectors(Q: Float[Tensor, "n b b"]) -> Params:
+    """Q^2 = -V diag(squares) V^T, so that (I - c^2 Q^2)^-1 is one diagonal for every c."""
+    squares, V = torch.linalg.eigh(Q.mT @ Q)
+    return {"V": V, "squares": squares.clamp_min(0)}
+
+
+def solve(x: Tensor, Q: Tensor, V: Tensor, squares: Tensor, c: Tensor) -> Tensor:
+    """z with z (I - cQ) = x, z = x (I + cQ)(I - c^2 Q^2)^-1, one c per row.
+
+    V is a constant to autograd (eigenvectors of a near-zero Q have no derivative). A Newton step from the detached solution
+    returns the same value, refined, and its exact first derivatives; second derivatives through it are not exact.
+    """
+    still_c, still_Q = c.detach(), Q.detach()
+
+    def inverse(v: Tensor) -> Tensor:
+        v = times(times(v, V) / (1 + still_c.square() * squares), V.mT)
+        return v + still_c * times(v, still_Q)
+
+    z = inverse(x.detach())
+    return z + inverse(x - (z - c * times(z, Q)))
