@@ -7,6 +7,7 @@ from lora_lite.checkpoint import CheckpointError
 from lora_lite.config import AdapterConfig, RankedConfig
 from lora_lite.lifecycle import adapters, attach, load
 from lora_lite.lowrank import LowRank, stack
+from lora_lite.peft_format import from_peft, to_peft
 from lora_lite.target import Target, find_targets
 from lora_lite.variant import REGISTRY, Base, Identity, Initial, ParamSpec, Variant, register
 from lora_lite.variants import (
@@ -33,5 +34,5 @@ __all__ = [
     "Adapter", "AdapterConfig", "Base", "CheckpointError", "DeLoRAConfig", "DoRAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig",
     "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig", "OFTConfig", "ParamSpec",
     "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "Target", "Variant", "VeRAConfig", "__version__", "adapters", "attach",
-    "find_targets", "load", "register", "stack",
+    "find_targets", "from_peft", "load", "register", "stack", "to_peft",
 ]  # fmt: skip

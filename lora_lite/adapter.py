@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,9 +14,23 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_lite import checkpoint, fitting, merge
-from lora_lite.attachment import Shared, all_hooks, check_layers, fresh_parameter, ledger_of, lift, place, targets_by_name, unwrapped
+from lora_lite.attachment import (
+    Shared,
+    all_hooks,
+    beside,
+    check_layers,
+    fresh_parameter,
+    ledger_of,
+    lift,
+    place,
+    refuse_merged,
+    targets_by_name,
+    unwrapped,
+    warn_of_hazards,
+)
+from lora_lite.base import fingerprint
 from lora_lite.config import AdapterConfig
-from lora_lite.dial import Block, Coefficient, Dial
+from lora_lite.dial import Block, Coefficient, Dial, check_float
 from lora_lite.hooks import Hook
 from lora_lite.lowrank import LowRank
 from lora_lite.target import Target
@@ -60,6 +74,7 @@ class Adapter:
         self._model: nn.Module | None = None
         self._shared: Shared | None = None
         self._layers: dict[str, nn.Module] = {}
+        self._last: list[str] = []
         self._merged: merge.Merged | None = None
 
     # -- what it is -------------------------------------------------------------------------------------------------
@@ -121,10 +136,10 @@ class Adapter:
         """The exact weight update at c, by target. Raises TypeError naming the variant where it is not a low-rank sum."""
         if self.variant.form != "low-rank":
             raise TypeError(
-                f"variant {self.variant.name!r} (form {self.variant.form!r}) has no low-rank factors; adapter.merged(c) has its dense effect"
+                f"variant {self.variant.name!r} (form {self.variant.form!r}) has no low-rank factors; adapter.merged(c) has its effect"
             )
         tensors = self.tensors()
-        return {t: self._update(t, tensors[t]).scaled(c) for t in self.targets}
+        return {t: self._update(t, tensors[t]).scaled(check_float(c)) for t in self.targets}
 
     def _update(self, target: str, p: Params) -> LowRank:
         size = self._sizes[target]
@@ -196,6 +211,7 @@ class Adapter:
                 "a copy of a model carries its own adapters: ll.adapters(copy)"
             )
         self._refuse_merged("change c")
+        self._check_places(refuse, self._last)
         return Block(self._dial, c)
 
     @contextmanager
@@ -211,30 +227,41 @@ class Adapter:
 
     # -- on and off a model -----------------------------------------------------------------------------------------
 
-    def put_on(self, model: nn.Module, name: str | None = None, c: Coefficient | None = None) -> Adapter:
-        """`ll.attach(model, adapter)`: a detached adapter onto a model that has its layers. All or nothing."""
+    def put_on(self, model: nn.Module, name: str | None = None, c: Coefficient | None = None, known_base: bool = False) -> Adapter:
+        """`ll.attach(model, adapter)`: a detached adapter onto a model that has its layers. All or nothing.
+
+        Raises ValueError for another base than the one it was made on (known_base: that has been looked at).
+        """
         model = unwrapped(model)
         if self.attached:
             raise RuntimeError(
                 f"adapter {self.name!r} is attached already; one adapter serves one model at a time: detach() it, or copy.deepcopy it"
             )
-        targets, previous = targets_by_name(model, self._sizes), (self.name, self._dial.rest)
+        targets, previous = targets_by_name(model, self._sizes), (self.name, self._dial.rest.c)
         try:
             self.name = self._dial.name = check_name(self.name if name is None else name)
             check_layers(model, self.name, targets, self.variant, self._specs)
+            if not known_base and self.fingerprint is not None:
+                now = fingerprint(model, {t.name: t.module for t in targets})
+                fitting.check_base(f"adapter {self.name!r}", self.fingerprint, now, strict=True)
             if c is not None:
                 self._dial.turn(c)
             self._place(model, targets)
         except BaseException:
-            self.name, self._dial.rest = previous
-            self._dial.name = self.name
+            self.name = self._dial.name = previous[0]
+            self._dial.turn(previous[1])
             raise
         logger.debug("attached {}", self)
         return self
 
     def _place(self, model: nn.Module, targets: Sequence[Target]) -> None:
-        for target in targets:
-            self._held[target.name] = {f: self._moved(p, target) for f, p in self._held[target.name].items()}
+        own = beside(model, self._also)
+        if wrong := [n for n, p in self._also.items() if p.shape != own[n].shape]:
+            raise RuntimeError(f"adapter {self.name!r} trains {wrong}, which have other shapes in this {type(model).__name__}")
+        warn_of_hazards(targets)
+        weights = {t.name: t.module._parameters["weight"] for t in targets}
+        self._held = {t: {f: moved(p, weights[t].device) for f, p in fields.items()} for t, fields in self._held.items()}  # type: ignore[union-attr]
+        self._also = {n: moved(p, own[n].device, own[n].dtype) for n, p in self._also.items()}
         shared = Shared(self.name, self.config, ledger_of(model), self._dial, self.metadata, self.fingerprint, self.diagnostics)
         place(model, shared, targets, self._held, self._also)
         self._adopt(model, shared, {t.name: t.module for t in targets})
@@ -242,11 +269,8 @@ class Adapter:
 
     def _adopt(self, model: nn.Module, shared: Shared, layers: Mapping[str, nn.Module]) -> None:
         self._model, self._shared, self._layers = model, shared, dict(layers)
+        self._last = list(layers)[-1:]  # looked at by each `with`: the head is what models replace, and all would cost by the layer
         _HANDLES[shared] = weakref.ref(self)
-
-    def _moved(self, p: Parameter, target: Target) -> Parameter:
-        device = target.module.weight.device
-        return p if p.device == device else Parameter(p.detach().to(device), requires_grad=p.requires_grad)  # type: ignore[arg-type]
 
     def _hook(self, target: str) -> Hook:
         hook = next((h for _, _, h in all_hooks(self._layers[target]) if h.shared is self._shared), None)
@@ -260,10 +284,18 @@ class Adapter:
             self.unmerge()
         if self._model is None or self._shared is None:
             return
-        held = lift(self._model, self._shared)
+        self._check_places(logger.warning)
+        held = lift(self._model, self._shared, self._layers)
         self._also = held.pop("", {})
         self._held = {t: held[t] for t in self._sizes if t in held}
         self._model, self._shared, self._layers = None, None, {}
+
+    def _check_places(self, complain: Callable[[str], Any], targets: Sequence[str] | None = None) -> None:
+        """Complain of layers that the model has replaced since (resize_token_embeddings does): there the adapter is not."""
+        assert self._model is not None
+        gone = [t for t in (self._layers if targets is None else targets) if module_at(self._model, t) is not self._layers[t]]
+        if gone:
+            complain(f"adapter {self.name!r}: the model has replaced {gone[:5]} ({len(gone)} in all) since; detach and attach it again")
 
     def _refuse_merged(self, what: str) -> None:
         if self._merged is not None:
@@ -280,11 +312,14 @@ class Adapter:
         if self._model is None:
             raise RuntimeError(f"adapter {self.name!r} is not attached; ll.attach(model, adapter) first")
         self._refuse_merged("merge it again")
+        refuse_merged(ledger_of(self._model))
+        self._check_places(refuse)
         others = [hook for _, _, hook in all_hooks(self._model) if hook.shared is not self._shared]
         merged = merge.Merged({t: (layer, self._hook(t)) for t, layer in self._layers.items()}, others, c)
         self._held, self._also = self.tensors(), self.also()
         merged.swap_in()
         self._merged = merged
+        ledger_of(self._model).merged[self.name] = self
         return self
 
     def unmerge(self) -> Adapter:
@@ -292,6 +327,8 @@ class Adapter:
         if self._merged is not None:
             self._merged.swap_out(self._held)
             self._merged, self._held, self._also = None, {}, {}
+            assert self._shared is not None
+            self._shared.ledger.merged.pop(self.name, None)
         return self
 
     @contextmanager
@@ -307,6 +344,8 @@ class Adapter:
 
     def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write one safetensors file (docs/format.md), atomically. Raises ValueError for non-finite tensors or reserved keys."""
+        if self._model is not None:
+            self._check_places(refuse)
         tensors = {t: {f: p.detach() for f, p in fields.items()} for t, fields in self.tensors().items()}
         also = {n: p.detach() for n, p in self.also().items()}
         checkpoint.write(
@@ -318,6 +357,7 @@ class Adapter:
 
         Raises CheckpointError where the file's method, config at any layer, keys or shapes differ from this adapter's.
         """
+        self._refuse_merged("load into it")
         also = self.also()
         contents = fitting.for_adapter(
             path, self.config, self._sizes, {n: tuple(p.shape) for n, p in also.items()}, self.fingerprint, strict_base
@@ -355,7 +395,7 @@ class Adapter:
             diagnostics=contents.diagnostics,
             c=c,
         )
-        return adapter.put_on(model)
+        return adapter.put_on(model, known_base=True)
 
     # -- copies -----------------------------------------------------------------------------------------------------
 
@@ -373,6 +413,25 @@ def check_name(name: str) -> str:
     if not isinstance(name, str) or not name.isidentifier() or "__" in name:
         raise ValueError(f"an adapter's name is an identifier without a double underscore, got {name!r}")
     return name
+
+
+def refuse(message: str) -> None:
+    raise RuntimeError(message)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    for name in path.split(".") if path else ():
+        found = model._modules.get(name)
+        if found is None:
+            return None
+        model = found
+    return model
+
+
+def moved(p: Parameter, device: torch.device, dtype: torch.dtype | None = None) -> Parameter:
+    """The same Parameter where it is right already, else one on the device (and of the dtype)."""
+    right = p.device == device and dtype in (None, p.dtype)
+    return p if right else Parameter(p.detach().to(device, dtype or p.dtype), requires_grad=p.requires_grad)
 
 
 def as_parameter(value: Tensor, spec: ParamSpec) -> Parameter:

@@ -27,6 +27,14 @@ class Ledger:
     def __init__(self) -> None:
         self.flags: dict[str, bool] = {}
         self.holders: list[str] = []
+        self.merged: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # a handle let go makes a merge final
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy of a merged model is a plain model: it cannot be unmerged
+        return {"flags": self.flags, "holders": [name for name in self.holders if name not in self.merged]}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__()
+        self.flags, self.holders = dict(state["flags"]), list(state["holders"])
 
     def freeze(self, model: nn.Module, holder: str, spare: set[str]) -> None:
         self.holders.append(holder)
@@ -141,11 +149,11 @@ def place(
         for target in targets:
             _place_one(shared, target, tensors[target.name])
         shared.ledger.freeze(model, shared.name, owned(all_hooks(model)) | set(also))
+        recompute.install()
+        compiled.notice_hooks()
     except BaseException:
-        lift(model, shared)
+        lift(model, shared, {t.name: t.module for t in targets})
         raise
-    recompute.install()
-    compiled.notice_hooks()
 
 
 def _place_one(shared: Shared, target: Target, tensors: Mapping[str, Parameter]) -> None:
@@ -161,18 +169,22 @@ def _place_one(shared: Shared, target: Target, tensors: Mapping[str, Parameter])
         layer.register_parameter(on_layer, tensors[f])
 
 
-def lift(model: nn.Module, shared: Shared) -> dict[str, dict[str, Parameter]]:
-    """Take the adapter off, also a half-placed one; its tensors come back by target and field, and what it trained beside
-    them under their full names in "" ."""
+def lift(model: nn.Module, shared: Shared, layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Parameter]]:
+    """Take the adapter off its layers, also a half-placed one; its tensors come back by target and field, and what it
+    trained beside them under their full names in "" . The layers are given: the model may have replaced one meanwhile."""
     tensors: dict[str, dict[str, Parameter]] = {}
-    for path, layer, hook in list(all_hooks(model)):
-        if hook.shared is shared:
+    for path, layer in layers.items():
+        for hook in [hook for hook in hooks_on(layer) if hook.shared is shared]:
             hook.remove()
             taken = {f: layer._parameters.pop(on_layer, None) for f, on_layer in hook.fields}
             tensors[path] = {f: p for f, p in taken.items() if p is not None}
     also = {name: substitute(model, name, original) for name, original in shared.originals.items()}
+    originals, ledger = list(shared.originals.items()), shared.ledger
     shared.originals.clear()
-    shared.ledger.leave(model, shared.name)
+    ledger.leave(model, shared.name)
+    for name, p in originals if ledger.holders else ():  # another adapter stays: what this one trained is base again, and frozen
+        ledger.flags.setdefault(name, p.requires_grad)
+        p.requires_grad_(False)
     compiled.notice_hooks()
     return {**tensors, "": also} if also else tensors
 
@@ -218,16 +230,41 @@ def targets_by_name(model: nn.Module, layer_sizes: Mapping[str, tuple[int, int]]
     return [Target(name=t, module=modules[t], d_in=s[0], d_out=s[1]) for t, s in layer_sizes.items()]
 
 
+def refuse_merged(ledger: Ledger) -> None:
+    if merged := sorted(ledger.merged):
+        raise RuntimeError(f"adapter {merged} is merged into this model; unmerge it first, or save the merged model and load that")
+
+
+def warn_of_hazards(targets: Iterable[Target]) -> None:
+    if hazards := [h for t in targets if (h := hazard(t.name, t.module))]:
+        warnings.warn(f"{len(hazards)} layers: {hazards[0]}", stacklevel=4)
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The module itself behind torch.compile's and DDP's wrappers."""
+    while isinstance(model, torch.nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        model = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def beside(model: nn.Module, names: Iterable[str]) -> dict[str, Parameter]:
+    """The model's own parameters of these names. Raises RuntimeError for one it lacks, or that an adapter here trains already."""
+    have, taken = dict(model.named_parameters()), {n: hook.shared.name for _, _, hook in all_hooks(model) for n in hook.shared.originals}
+    problems = [
+        f"{n} is trained by adapter {taken[n]!r} already" if n in taken else f"{n} is not there"
+        for n in names
+        if n in taken or n not in have
+    ]
+    if problems:
+        raise RuntimeError(f"train_also, on this {type(model).__name__}: {'; '.join(problems)}")
+    return {n: have[n] for n in names}
+
+
 def check_layers(
     model: nn.Module, name: str, targets: Sequence[Target], variant: type[Variant], specs: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    ledger = ledger_of(model)
-    hooked = {hook.shared.name for _, _, hook in all_hooks(model)}
-    if merged := [n for n in ledger.holders if n not in hooked]:
-        raise RuntimeError(f"adapter {merged} is merged into this model; unmerge it, or save the merged model and load that")
+    refuse_merged(ledger_of(model))
     problems = [r for t in targets if (r := refusal(t.name, t.module, variant.reads_weight != "never"))]
     if problems:
         raise RuntimeError(f"{len(problems)} of {len(targets)} layers cannot carry {variant.name!r}: " + "; ".join(problems[:3]))
-    if hazards := [h for t in targets if (h := hazard(t.name, t.module))]:
-        warnings.warn(f"{len(hazards)} layers: {hazards[0]}", stacklevel=3)
     check_free(model, name, targets, specs)

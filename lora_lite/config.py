@@ -149,6 +149,8 @@ class RankedConfig(AdapterConfig):
         return self.alpha / self.r
 
     def at(self, target: str, d_in: int, d_out: int) -> Self:
+        if not self.rank_pattern and not self.alpha_pattern:
+            return self
         r = match_pattern(self.rank_pattern, target, self.r)
         alpha = match_pattern(self.alpha_pattern, target, self.alpha)
         return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})

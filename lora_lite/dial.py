@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Coefficient = float | Tensor
+Dose = Coefficient | tuple[Coefficient, ...]  # what a dial can be turned to: one c, or a history's doses (doses.py)
 
 WIDEST = {"mps": torch.float32}  # compiled graphs see c in one dtype whatever it was given in: one graph for all
 
@@ -57,9 +58,10 @@ class Setting:
 
     def stamped(self, task: int) -> Setting:
         """The same value, trusted in the backward `task`."""
-        twin = object.__new__(Setting)
-        for name in Setting.__slots__:
-            setattr(twin, name, getattr(self, name))
+        twin = object.__new__(type(self))
+        for kind in type(self).__mro__[:-1]:
+            for name in kind.__slots__:  # type: ignore[reportAttributeAccessIssue]
+                setattr(twin, name, getattr(self, name))
         twin.task = task
         return twin
 
@@ -83,6 +85,8 @@ def check_float(c: Any) -> float:
 
 
 def check_tensor(c: Tensor) -> Tensor:
+    if c.is_complex() or c.dtype is torch.bool:
+        raise TypeError(f"c must be a real tensor, got one of {c.dtype}")
     if c.dim() > 2 or c.numel() == 0:
         raise ValueError(f"c must be a scalar, one number per row (B,) or one per token (B, T); got shape {tuple(c.shape)}")
     if not is_functorch(c) and not bool(torch.isfinite(c.detach()).all()):
@@ -142,11 +146,13 @@ class Dial:
     A deepcopied or unpickled dial is another dial, at the same resting value.
     """
 
-    def __init__(self, c: Coefficient = 1.0, name: str = "default") -> None:
+    kind: type[Setting] = Setting
+
+    def __init__(self, c: Dose = 1.0, name: str = "default") -> None:
         self.name = name
         self.training = True
         self.moved = False
-        self.rest = Setting(c)
+        self.rest = self.kind(c)  # type: ignore[arg-type]
         self._register()
 
     def _register(self) -> None:
@@ -161,20 +167,20 @@ class Dial:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.name, self.training, self.moved = state["name"], state["training"], state["moved"]
-        self.rest = Setting(state["c"])
+        self.rest = self.kind(state["c"])
         self._register()
 
     def setting(self) -> Setting:
         stack = DIALS.get().get(self)
         return stack[-1] if stack else self.rest
 
-    def turn(self, c: Coefficient) -> None:
+    def turn(self, c: Dose) -> None:
         """Set c: this block's inside a `with`, the resting value outside."""
         held = DIALS.get()
         if stack := held.get(self):
-            DIALS.set({**held, self: (*stack[:-1], Setting(c, stack[-1].owner))})
+            DIALS.set({**held, self: (*stack[:-1], self.kind(c, stack[-1].owner))})
         else:
-            self.rest = Setting(c)
+            self.rest = self.kind(c)  # type: ignore[arg-type]
             self.slot.tensor = self.rest.cell
         self.moved = True
         self.sync()
@@ -202,14 +208,14 @@ class Block:
 
     __slots__ = ("_entered", "c", "dial")
 
-    def __init__(self, dial: Dial, c: Coefficient) -> None:
+    def __init__(self, dial: Dial, c: Dose) -> None:
         self.dial, self.c = dial, c
         self._entered: list[object] = []
 
     def __enter__(self) -> Block:
         owner = object()
-        setting = Setting(self.c, owner)
         dial, held = self.dial, DIALS.get()
+        setting = dial.kind(self.c, owner)  # type: ignore[arg-type]
         DIALS.set({**held, dial: (*held.get(dial, ()), setting)})
         dial.here.slot = Slot(setting.cell)
         dial.moved = True

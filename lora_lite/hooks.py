@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_lite import compiled
-from lora_lite.dial import DIALS, Dial, current_task
+from lora_lite.dial import DIALS, Dial, current_task, is_functorch
 from lora_lite.lowrank import LowRank
+from lora_lite.mixed import Mixed
 
 FEW_ROWS = 8  # up to here two small kernels beat addmm's set-up: 1.146x against 1.178x of the base at one token, CORE.md section 6
 
@@ -173,16 +174,22 @@ def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor) -> Te
     0.62x of the bytes. Gains that differ by row, token or rank go on the rank axis, computed in their own precision.
     """
     A, B, g = update
+    scale = c * g if type(c) is float and type(g) is float else None  # 20 ns; isinstance(c, Tensor) takes 64, in every layer
+    if scale is not None and A.dtype is not x.dtype and trains_across_dtypes(y, x, A):
+        return Mixed.apply(y, x, A, B, scale)  # type: ignore[return-value]
     h = F.linear(x, A if A.dtype is x.dtype else A.to(x.dtype))
-    if type(c) is float and type(g) is float:  # 20 ns; isinstance(c, Tensor) takes 64, in every layer of every token
-        scale = c * g
-    else:
-        h, scale = (h * (c * g)).to(h.dtype), 1.0
+    if scale is None:
+        h, scale = (h * (c if type(g) is float and g == 1.0 else c * g)).to(h.dtype), 1.0
     B = B if B.dtype is h.dtype else B.to(h.dtype)
     if h.dtype is y.dtype and y.numel() > FEW_ROWS * y.shape[-1]:
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=scale).view(y.shape)
     out = torch.add(y, F.linear(h, B), alpha=scale)
     return out if out.dtype is y.dtype else out.to(y.dtype)
+
+
+def trains_across_dtypes(y: Tensor, x: Tensor, A: Tensor) -> bool:
+    """Whether casts of the factors would be kept for a backward (torch.func's transforms take the ordinary way)."""
+    return x.dtype is y.dtype and x.dim() > 1 and torch.is_grad_enabled() and not (is_functorch(x) or is_functorch(A))
 
 
 HOOKS: dict[str, Callable[..., Hook]] = {"low-rank": LowRankHook, "output": OutputHook, "input": InputHook}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_lite.adapter import Adapter, Path, check_name, handle_of
-from lora_lite.attachment import Shared, all_hooks, check_layers, fresh_parameter, unwrapped
+from lora_lite.attachment import Shared, all_hooks, beside, check_layers, fresh_parameter, inner, unwrapped
 from lora_lite.base import fingerprint
 from lora_lite.config import AdapterConfig, as_patterns
 from lora_lite.dial import Coefficient, Setting
@@ -71,7 +71,7 @@ def attach(
         diagnostics=notes,
         c=rest,
     )
-    return adapter.put_on(model)
+    return adapter.put_on(model, known_base=True)
 
 
 def load(model: nn.Module, path: Path, name: str | None = None, c: Coefficient = 1.0, strict_base: bool = True) -> Adapter:
@@ -81,10 +81,11 @@ def load(model: nn.Module, path: Path, name: str | None = None, c: Coefficient =
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters attached to a model, by name; also on a deepcopy or an unpickled model, which carries its own."""
-    model = unwrapped(model)
+    model = inner(model)
     found: dict[Shared, dict[str, tuple[nn.Module, Hook]]] = {}
     for path, layer, hook in all_hooks(model):
-        found.setdefault(hook.shared, {})[path] = (layer, hook)
+        if isinstance(hook.shared, Shared):  # a history's hooks have their own kind (history.py)
+            found.setdefault(hook.shared, {})[path] = (layer, hook)
     return {shared.name: handle_of(model, shared, hooks) for shared, hooks in found.items()}
 
 
@@ -98,6 +99,7 @@ def _also(model: nn.Module, patterns: Sequence[str] | str) -> dict[str, Paramete
         if not hits:
             raise RuntimeError(f"train_also {pattern!r} matches no parameter; there are e.g. {list(names)[-3:]}")
         found.update({n: fresh_parameter(names[n], names[n], True) for n in hits})
+    beside(model, found)  # none that another adapter trains
     return found
 
 

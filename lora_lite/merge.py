@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_lite import compiled
-from lora_lite.base import dense_weight, transposed
+from lora_lite.base import dense_weight, refusal, transposed
+from lora_lite.dial import check_float
 from lora_lite.hooks import Hook, LowRankHook
 from lora_lite.lowrank import LowRank
 
@@ -69,7 +70,9 @@ class Merged:
         """Computes every weight first: on any error nothing has changed."""
         if isinstance(c, Tensor) and c.numel() != 1:
             raise TypeError(f"a weight holds one c; got one per row, shape {tuple(c.shape)}")
-        self.c, self.places = float(c), places
+        if refused := [r for path, (layer, _) in places.items() if (r := refusal(path, layer, reads_weight=True))]:
+            raise TypeError(f"{len(refused)} layers cannot be merged into: " + "; ".join(refused[:3]))
+        self.c, self.places = check_float(c), places
         hooks = [hook for _, hook in places.values()]
         refuse_company(hooks, others)
         self._lent = {path: folded(layer, hook, self.c) for path, (layer, hook) in places.items()}
@@ -82,9 +85,17 @@ class Merged:
 
     def swap_out(self, tensors: Mapping[str, Mapping[str, Parameter]]) -> None:
         for path, (layer, hook) in self.places.items():
-            swap(layer, self._lent[path])
+            lent = swap(layer, self._lent[path])
+            follow(self._lent[path], lent)
             hook.resume(layer, tensors[path])
         compiled.notice_hooks()
+
+
+def follow(own: Folded, lent: Folded) -> None:
+    """Where the model was moved or cast while it had the lent parameters, its own go there too."""
+    for mine, theirs in zip(own, lent, strict=True):
+        if mine is not None and theirs is not None and (mine.device, mine.dtype) != (theirs.device, theirs.dtype):
+            mine.data = mine.data.to(theirs.device, theirs.dtype)
 
 
 def refuse_company(hooks: Sequence[Hook], others: Sequence[Hook]) -> None:

@@ -189,9 +189,10 @@ def delora(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any,
     return linear(x, W, b) + c * linear(x, now - start)
 
 
-def hira(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "") -> Tensor:
-    """HiRA, ICLR 2025, equation 4: the update is W masked by BA."""
-    return linear(x, W, b) + c * linear(x, W * (t["lora_B"] @ t["lora_A"]))
+def hira(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_mask: bool = False) -> Tensor:
+    """HiRA, ICLR 2025: the update is W masked by BA."""
+    BA = t["lora_B"] @ t["lora_A"]
+    return linear(x, W, b) + c * linear(x, BA if wrong_mask else W * BA)
 
 
 def miss(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_blocks: bool = False) -> Tensor:

@@ -69,7 +69,7 @@ def test_the_families_asked_for_are_all_here() -> None:
 
 
 @each_variant
-@each_architecture
+@pytest.mark.parametrize("name", sorted(ASKED))
 def test_attach_train_save_load_and_leave(name: str, row: Row, tmp_path: Path) -> None:
     model, (_, inputs, base) = fresh(name), built(name)
     before = state(model)

@@ -284,7 +284,7 @@ MISTAKES = {
     "the inverse rotation": ("oft", "oft", partial(references.oft, wrong_way=True), "logits"),
     "PEFT's exact rotation, its sign kept": ("oft_exact", "oft", partial(references.oft, wrong_way=True), "logits"),
     "norms of W's rows": ("delora", "delora", partial(references.delora, wrong_norm=True), "logits"),
-    "W left out of the mask": ("hira", "hira", lambda W, b, *a: references.hira(torch.ones_like(W), b, *a), "logits"),
+    "W left out of the mask": ("hira", "hira", partial(references.hira, wrong_mask=True), "logits"),
     "neighbours share a row of the shard": ("miss", "miss", partial(references.miss, wrong_blocks=True), "logits"),
     "a scale of 1/r": ("vera", "vera", partial(references.vera, wrong_scale=1 / 12), "logits"),
     "adjacent outputs in pairs": ("road_2", "road", partial(references.road, wrong_pairs=True), "logits"),

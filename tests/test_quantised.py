@@ -138,8 +138,9 @@ def test_a_layer_is_the_dense_formula_with_the_weight_it_multiplies_by(row: Row,
         want = reference(W, layer.bias, tensors, row.config, x, spread, UP)
         assert_close(found, want, f"c={c}", tolerance=ROUNDING[kind])
         assert_differs(found, base)
-        got = torch.autograd.grad(found.square().mean(), [*adapter.parameters(), x])
-        wanted = torch.autograd.grad(want.square().mean(), [*adapter.parameters(), x])
+        pull = normal(*want.shape, seed=4)  # not the square: a rotation has no gradient there
+        got = torch.autograd.grad((found * pull).mean(), [*adapter.parameters(), x])
+        wanted = torch.autograd.grad((want * pull).mean(), [*adapter.parameters(), x])
         for g, w in zip(got, wanted, strict=True):
             assert_close(g / w.abs().max(), w / w.abs().max(), f"a gradient at c={c}", tolerance=10 * ROUNDING[kind])
 
@@ -152,13 +153,15 @@ ROUNDING = {"Linear4bit": 1e-4, "Linear8bitLt": 3e-2}
 @each_that_never_reads
 def test_c_zero_is_the_quantised_base_bitwise(row: Row, kind: str) -> None:
     model = model_of(kind)
-    base = model(X)
+    plain = copy.deepcopy(model)
     adapter = randomise(attach(model, row))
-    assert_differs(model(X), base)
+    assert_differs(model(X), plain(X))
     for train in (False, True):
         model.train(train)
-        for grad in (False, True):
+        plain.train(train)
+        for grad in (False, True):  # 8 bits without gradients are another kernel than 8 bits with them
             with torch.set_grad_enabled(grad):
+                base = plain(X)
                 for c in (0.0, torch.zeros(3)):
                     with adapter(model, c=c):
                         assert same_bits(model(X), base), f"c={c}, train={train}, grad={grad}"
@@ -209,5 +212,5 @@ def test_an_adapter_of_the_dense_base_loads_on_the_quantised_one(kind: str, tmp_
     base = model(X)
     adapter = ll.load(model, tmp_path / "a.safetensors")
     assert_differs(model(X), base)
-    assert_close(model(X), dense(X), tolerance=0.3)
+    assert_close(model(X), dense(X), "as far as four bits go", tolerance=0.6)
     assert adapter.factors().keys() == set(adapter.targets)

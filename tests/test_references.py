@@ -94,16 +94,37 @@ def test_lora_scales_by_alpha_over_r_or_its_root_and_the_first_pattern_wins() ->
     assert_differs(references.lora(W, b, t, CONFIG, x, 1.0, wrong_scale=R / math.sqrt(R)), expected(6.0 / R))
 
 
+# What else each formula wants: shapes of tensors, and fields of the config.
+SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
+    "ia3_ff": {"lora_l": (D_IN,)},
+    "hra": {"lora_u": (D_IN, R)},
+    "hra_gs": {"lora_u": (D_IN, R)},
+    "road": {"lora_theta": (D_OUT,), "lora_alpha": (D_OUT,)},
+    "oft": {"lora_Q": (2, 10)},
+    "delora": {"lora_lambda": (1,)},
+    "miss": {"lora_M": (R, D_OUT)},
+    "lora_xs": {"lora_R": (R, R)},
+    "vera": {"lora_d": (R,), "lora_b": (D_OUT,)},
+}
+FIELDS = {"road": {"kind": "road_2", "group_size": 8}, "oft": {"cayley": "exact"}, "delora": {"init": "paper", "strength": 1.5}}
+TURNED = ("oft", "road")  # by an angle c theta: not in a line
+
+
 @pytest.mark.parametrize("name", references.REFERENCES)
 def test_at_c_zero_every_formula_is_the_base_and_c_moves_it(name: str) -> None:
     W, b, x = weights()
-    t = pair() | {"lora_A0": pair(20)["lora_A"], "lora_B0": pair(20)["lora_B"], "lora_m": normal(D_OUT, seed=8, dtype=torch.float64)}
-    t["lora_l"] = normal(D_IN if name == "ia3_ff" else D_OUT, seed=8, dtype=torch.float64)
-    formula = references.REFERENCES[name]
-    base, at = linear(x, W, b), {c: formula(W, b, t, CONFIG, x, c) for c in (0.0, 0.5, 1.0)}
+    t = pair() | {"lora_A0": pair(20)["lora_A"], "lora_B0": pair(20)["lora_B"]}
+    shapes = {"lora_m": (D_OUT,), "lora_l": (D_OUT,)} | SHAPES.get(name, {})
+    t |= {key: normal(*shape, seed=8, dtype=torch.float64) for key, shape in shapes.items()}
+    formula, config = references.REFERENCES[name], SimpleNamespace(**vars(CONFIG) | FIELDS.get(name, {}))
+    base, at = linear(x, W, b), {c: formula(W, b, t, config, x, c) for c in (0.0, 0.5, 1.0)}
     assert_close(at[0.0], base)
-    assert_close(at[0.5], (base + at[1.0]) / 2, "every formula here moves in a line at one layer")
     assert_differs(at[1.0], base)
+    halfway = (base + at[1.0]) / 2
+    if name in TURNED:
+        assert_differs(at[0.5], halfway, "a turn is not in a line")
+    else:
+        assert_close(at[0.5], halfway, "it moves in a line at one layer")
 
 
 def test_closeness_and_bits_see_what_they_must() -> None:

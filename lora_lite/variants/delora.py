@@ -8,9 +8,10 @@ differences A = A0 + dA and B = B0 + dB (twice the rank at run time; zero at ini
 
     B g A - B0 g0 A0 = (B g - B0 g0) A + B0 g0 dA         g = lambda/r Xi, g0 its first value
 
-so A, B and lambda learn from the first step. init="zeros" is PEFT's: B = 0 divided by the floor of its norm. There the gradient
-of B is some 1e4 times that of a unit column, the gradients of A and lambda are zero, and the first step of any size turns
-B's columns all the way: the update jumps to its full bound lambda.
+so A, B and lambda learn from the first step. init="zeros" is PEFT's: B = 0, divided by the floor of its norm. Its gradient is then
+15,000 times that of the paper's start, those of A and lambda are zero, and a first step of any size is stretched to the full bound
+lambda: AdamW with lr 1e-3 and lambda = 15 moves a 16 -> 24 layer's output by 2.1 times its norm, from the paper's start by 0.016
+(tests/test_family.py).
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class DeLoRA(Variant):
     name = "delora"
     Config = DeLoRAConfig
     paper = "2503.18225"
+    parameters: ClassVar[str] = "r * (d_in + d_out) + 1"
     reads_weight = "init"
 
     @staticmethod

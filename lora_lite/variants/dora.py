@@ -53,7 +53,8 @@ class DoRA(Variant):
     def delta(cfg: DoRAConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
         assert y is not None  # form "output"
         Wx = y if base.bias is None else y - base.bias
-        return c * torch.addcmul(F.linear(F.linear(x, p["A"]), p["B"]), p["gate"], Wx)
+        h = (c * F.linear(x, p["A"])).type_as(x)  # c on what is small: a pass over y less than c * (...)
+        return torch.addcmul(F.linear(h, p["B"]), c * p["gate"], Wx)
 
 
 @torch.no_grad()

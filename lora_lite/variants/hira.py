@@ -28,6 +28,8 @@ class HiRAConfig(RankDropoutConfig):
 class HiRA(Variant):
     name = "hira"
     Config = HiRAConfig
+    paper = "ICLR 2025"
+    parameters: ClassVar[str] = "r * (d_in + d_out)"
     form = "output"
     reads_weight = "step"
 
@@ -38,5 +40,5 @@ class HiRA(Variant):
     @staticmethod
     def delta(cfg: HiRAConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
         assert base.weight is not None  # reads_weight is "step"
-        W = base.weight.to(x.dtype)
-        return c * F.linear(x, W * (p["lora_B"] @ p["lora_A"]))
+        mask = p["lora_B"] @ p["lora_A"]
+        return c * F.linear(x, base.weight.to(x.dtype) * mask)

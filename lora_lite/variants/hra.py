@@ -54,6 +54,7 @@ class HRA(Variant):
     name = "hra"
     Config = HRAConfig
     paper = "2405.17484"
+    parameters: ClassVar[str] = "r * d_in"
     form = "input"
     identity = Identity("close", "pairs of equal reflections cancel to rounding")
     exact_low_rank: ClassVar[str] = "given weight"
@@ -79,7 +80,8 @@ class HRA(Variant):
 
     @staticmethod
     def delta(cfg: Any, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
-        return c * F.linear(F.linear(x, p["A"]), p["B"])
+        h = F.linear(x, p["A"])
+        return F.linear((c * h).to(h.dtype), p["B"])  # c on the r numbers per token, not on the d_in
 
     @classmethod
     def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base) -> LowRank:

@@ -43,6 +43,7 @@ class LoRAXS(Variant):
     name = "lora_xs"
     Config = LoRAXSConfig
     paper = "2405.17604"
+    parameters: ClassVar[str] = "r * r"
     reads_weight = "init"
     identity = Identity("none", "R starts at N(0, std^2), as published; std=0 starts at the base")
 

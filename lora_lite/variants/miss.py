@@ -34,6 +34,7 @@ class MiSS(Variant):
     name = "miss"
     Config = MiSSConfig
     paper = "2409.15371"
+    parameters: ClassVar[str] = "r * d_out"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: MiSSConfig) -> dict[str, ParamSpec]:

@@ -14,7 +14,7 @@ eigendecomposition of Q^2 per layer and call, and adds some five tensors as larg
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -60,6 +60,8 @@ class OFT(Variant):
     name = "oft"
     Config = OFTConfig
     paper = "2306.07280"
+    parameters: ClassVar[str] = "d_in * (block_size - 1) // 2"
+    why_not: ClassVar[Mapping[str, str]] = {"linear_in_c": "c turns by c Q: every c is a rotation, a mix of x and its rotation is none"}
     form = "input"
     linear_in_c = False
 

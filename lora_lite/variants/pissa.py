@@ -64,7 +64,8 @@ class PiSSAConfig(RankedConfig):
 
     def at(self, target: str, d_in: int, d_out: int) -> Self:
         own = super().at(target, d_in, d_out)
-        return dataclasses.replace(own, r=min(own.r, d_in, d_out))
+        r = min(own.r, d_in, d_out)
+        return own if r == own.r else dataclasses.replace(own, r=r)
 
 
 def amplifying(shape: tuple[int, ...], generator: Generator | None) -> Tensor:

@@ -25,6 +25,8 @@ class RankConfig(AdapterConfig):
         as_patterns(tuple(self.rank_pattern), "rank_pattern")
 
     def at(self, target: str, d_in: int, d_out: int) -> Self:
+        if not self.rank_pattern:
+            return self
         return dataclasses.replace(self, r=match_pattern(self.rank_pattern, target, self.r), rank_pattern={})
 
     def patterns(self) -> dict[str, Mapping[str, Any]]:

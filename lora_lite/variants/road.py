@@ -13,10 +13,12 @@ alpha_c = 1 + c (alpha - 1), so a road_1 at -c with alpha = 1 undoes the one at 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lite.config import AdapterConfig
@@ -59,6 +61,8 @@ class ROAD(Variant):
     name = "road"
     Config = ROADConfig
     paper = "2409.00119"
+    parameters: ClassVar[str] = "int(kind[-1]) * (d_out - d_out % 2)"
+    why_not: ClassVar[Mapping[str, str]] = {"linear_in_c": "c turns by c theta, and a cosine is no line"}
     form = "output"
     linear_in_c = False
 
@@ -77,11 +81,15 @@ class ROAD(Variant):
     def delta(cfg: ROADConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
         assert y is not None  # form "output"
         n = paired(base.d_out)
-        y = y[..., :n]
-        first, second = y.unflatten(-1, (-1, 2, cfg.group_size // 2)).unbind(-2)
-        partner = torch.stack([-second, first], dim=-2).flatten(-3)
-        change = p["own"] * y + p["other"] * partner
-        return change if n == base.d_out else torch.nn.functional.pad(change, (0, 1))
+        (first, second), own, other = (halves(cfg, v) for v in (y[..., :n], p["own"], p["other"]))  # views: y is all that is kept
+        turned = torch.addcmul(own[0] * first, -other[0], second), torch.addcmul(own[1] * second, other[1], first)
+        change = torch.stack(turned, dim=-2).flatten(-3)
+        return change if n == base.d_out else F.pad(change, (0, 1))
+
+
+def halves(cfg: ROADConfig, values: Tensor) -> tuple[Tensor, ...]:
+    """Those of the first half of each group and those of the second, (*batch, groups, G/2)."""
+    return values.unflatten(-1, (-1, 2, cfg.group_size // 2)).unbind(-2)
 
 
 def per_output(cfg: ROADConfig, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,6 +45,7 @@ class VeRA(Variant):
     name = "vera"
     Config = VeRAConfig
     paper = "2310.11454"
+    parameters: ClassVar[str] = "r + d_out"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: VeRAConfig) -> dict[str, ParamSpec]:

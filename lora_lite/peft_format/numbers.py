@@ -1,0 +1,106 @@
+"""Where PEFT keeps other numbers than we do: what turns one layer's tensors into the other's, and into those for another c?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_lite.base import dense_weight
+from lora_lite.variant import Base, variant_of
+from lora_lite.variants.dora import row_norms
+from lora_lite.variants.pissa import PiSSA
+
+Fields = Mapping[str, Tensor]
+
+
+class At(NamedTuple):
+    """One layer under conversion: its own config (ours), its sizes, and the module where a model is at hand."""
+
+    cfg: Any
+    d_in: int
+    d_out: int
+    layer: nn.Module | None = None
+    name: str = ""
+
+    def weight(self) -> Tensor:
+        """W (d_out, d_in). Raises RuntimeError without a model, TypeError for a quantised layer."""
+        if self.layer is None:
+            raise RuntimeError(
+                f"PEFT's form of {variant_of(self.cfg).name!r} holds numbers of the base weight: attach the adapter first, unmerged"
+            )
+        return dense_weight(self.layer).detach()
+
+
+Convert = Callable[[Fields, At], Fields]
+
+
+def same(p: Fields, at: At) -> Fields:
+    return p
+
+
+def scaled(*names: str) -> Callable[[Fields, At, float], Fields]:
+    """c enters in a line through these tensors."""
+    return lambda p, at, c: {k: v * c if k in names else v for k, v in p.items()}
+
+
+def plus(name: str, amount: float) -> Convert:
+    """A tensor that PEFT keeps around one and we as the distance from it."""
+    return lambda p, at: {**p, name: p[name] + amount}
+
+
+def dora_read(p: Fields, at: At) -> Fields:
+    norm = torch.linalg.vector_norm(at.weight(), dim=1, dtype=torch.float64)
+    return {**p, "lora_m": (p["lora_m"].double() - norm.to(p["lora_m"].device)).to(p["lora_m"].dtype)}
+
+
+def dora_write(p: Fields, at: At) -> Fields:
+    norm = torch.linalg.vector_norm(at.weight(), dim=1, dtype=torch.float64)
+    return {**p, "lora_m": (p["lora_m"].double() + norm).to(p["lora_m"].dtype)}
+
+
+def dora_turn(p: Fields, at: At, c: float) -> Fields:
+    """W + c (g (W + sBA) - W) is DoRA again: with h = 1 - c + cg, B' = (cg/h) B and m' = sign(h) |h W + cg sBA|, row by row."""
+    W, A, B = at.weight().double(), p["lora_A"].double(), p["lora_B"].double()
+    norm, n, q = row_norms(W, A, at.cfg.scaling * B)
+    g = 1 + (p["lora_m"].double() - q / (norm + n)) / n
+    h = 1 - c + c * g
+    if bool((h.abs() < 1e-4).any()):
+        raise ValueError(f"{at.name}: at c={c} a row of the base vanishes, which DoRA cannot say; as_lora=True, approximate=True can")
+    B = (c * g / h)[:, None] * B
+    _, n, _ = row_norms(W, A, at.cfg.scaling * B)
+    dtype = p["lora_B"].dtype
+    return {"lora_A": p["lora_A"], "lora_B": B.to(dtype), "lora_m": (h.sign() * h.abs() * n - norm).to(dtype)}
+
+
+def pissa_read(p: Fields, at: At) -> Fields:
+    """PEFT subtracts s B0 A0 from the weight when it loads; here they are found again and the differences kept. The sign of
+    a direction is free: each is turned to where A and B went."""
+    base = Base(at.d_in, at.d_out, at.weight())
+    start = PiSSA.init(at.cfg, base, PiSSA.observe(at.cfg, base, None), None).tensors
+    A, B = p["lora_A"], p["lora_B"]
+    A0, B0 = start["lora_A0"].to(A), start["lora_B0"].to(B)
+    if A0.shape != A.shape or B0.shape != B.shape:
+        return p  # refused with the other shapes
+    sign = torch.where((A0 * A).sum(1) + (B0 * B).sum(0) < 0, -1.0, 1.0).to(A)
+    A0, B0 = A0 * sign[:, None], B0 * sign
+    return {"lora_A": A - A0, "lora_B": B - B0, "lora_A0": A0, "lora_B0": B0}
+
+
+def gate_read(column: bool) -> Convert:
+    def read(p: Fields, at: At) -> Fields:
+        gate = p["lora_l"]
+        return {"lora_l": gate.squeeze(1 if column else 0) - 1} if gate.dim() == 2 else p
+
+    return read
+
+
+def gate_write(column: bool) -> Convert:
+    return lambda p, at: {"lora_l": (p["lora_l"] + 1)[:, None] if column else (p["lora_l"] + 1)[None]}
+
+
+def oft_signed(p: Fields, at: At) -> Fields:
+    """PEFT's exact form turns by -Q, its truncated one by Q; ours both by Q."""
+    return {"lora_Q": -p["lora_Q"]} if at.cfg.cayley == "exact" else p

@@ -1,0 +1,189 @@
+"""How does an adapter become a PEFT folder: as the same method at some c, or as one plain LoRA?"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from lora_lite.adapter import Adapter
+from lora_lite.base import transposed
+from lora_lite.checkpoint import CheckpointError, listed, strip_prefixes
+from lora_lite.dial import check_float
+from lora_lite.peft_format.folder import FRONT, SHARED_FRONT, Folder, write_folder
+from lora_lite.peft_format.methods import LORA_SAYS, METHODS, Method
+from lora_lite.peft_format.numbers import At
+from lora_lite.peft_format.plain import errors, plain_updates
+
+Tensors = dict[str, Tensor]
+
+
+class Written(NamedTuple):
+    """What goes into a folder, but for what every folder says: tensors by key, config, and the relative error by layer."""
+
+    tensors: Tensors
+    config: dict[str, Any]
+    lost: dict[str, float]
+
+
+def to_peft(
+    adapter: Adapter,
+    folder: str | os.PathLike[str],
+    c: float = 1.0,
+    *,
+    as_lora: bool = False,
+    approximate: bool = False,
+    r: int | None = None,
+) -> dict[str, float]:
+    """Write a folder that PEFT loads, doing at its full strength what the adapter does at c. `ll.to_peft(adapter, "folder")`.
+
+    as_lora      one plain LoRA with scale and c folded into B, one rank for all layers, alpha = r: what vLLM and others load
+    approximate  where no plain LoRA is exact, or r is too low, the nearest one (a truncated SVD), instead of an error
+    r            the rank of a plain LoRA; by default the one that is exact, or for an approximation the config's own
+
+    Returns the relative error by layer: 0.0 where the folder is exact. A low-rank method that PEFT does not have (PiSSA's
+    differences) is written as a plain LoRA of itself. A folder that exists keeps its other files. Raises ValueError naming
+    what the method cannot say, RuntimeError where the base weight is needed and the adapter is not attached.
+    """
+    dose = checked(c)
+    method = next((m for m in METHODS if m.variant == adapter.variant.name and m.writes), None)
+    if not as_lora and (approximate or r is not None):
+        raise ValueError("approximate and r are of as_lora=True; without it the folder is exact")
+    if as_lora or (method is None and adapter.variant.form == "low-rank"):
+        written = plain(adapter, dose, approximate, r)
+    else:
+        written = native(adapter, known(method, adapter), dose)
+    beside = saved_beside(adapter)
+    names = {strip_prefixes(t) for t in adapter.targets}
+    if len(names) < len(adapter.targets):
+        raise CheckpointError("not saved: two of its layers have one name without their wrappers' prefixes")
+    config = written.config | {"modules_to_save": sorted({n.rpartition(".")[0] for n in beside}) or None, **about(adapter, written.config)}
+    tensors = written.tensors | {f"{FRONT}{n}": v for n, v in beside.items()}
+    write_folder(folder, Folder(config, tensors, adapter.metadata, adapter.fingerprint))
+    report(adapter, written.lost)
+    return written.lost
+
+
+def checked(c: Any) -> float:
+    """Raises TypeError or ValueError for what is no finite number."""
+    if isinstance(c, Tensor) and c.numel() != 1:
+        raise TypeError(f"a file holds one c; got one per row, shape {tuple(c.shape)}")
+    return check_float(c)
+
+
+def known(method: Method | None, adapter: Adapter) -> Method:
+    if method is None:
+        raise ValueError(
+            f"PEFT has nothing that is exactly {adapter.variant.name!r}; as_lora=True writes it as a plain LoRA, where need be "
+            "with approximate=True"
+        )
+    return method
+
+
+def native(adapter: Adapter, method: Method, c: float) -> Written:
+    """The same method in PEFT's words. At c = 1 tensors that PEFT keeps as we do go over bit for bit."""
+    ats = {t: At(adapter.config.at(t, *size), *size, bare_layer(adapter, t), t) for t, size in adapter._sizes.items()}
+    check_sayable(adapter, method, ats, c)
+    held = {t: {field: p.detach() for field, p in fields.items()} for t, fields in adapter.tensors().items()}
+    held, whole = in_common(method, held)
+    tensors: Tensors = {f"{SHARED_FRONT}{end}": whole[field] for field, end in method.shared.items()}
+    for t, at in ats.items():
+        p = held[t] if c == 1.0 or method.turn is None else method.turn(held[t], at, c)
+        p = method.write(p, at)
+        tensors |= {f"{FRONT}{strip_prefixes(t)}.{end}": p[field] for field, end in method.keys.items()}
+    config = {o.theirs: o.write(getattr(adapter.config, o.ours)) for o in method.options}
+    if method.peft_type == "IA3":
+        config["feedforward_modules"] = [strip_prefixes(t) for t in ats] if method.variant == "ia3_ff" else []
+    return Written(tensors, {"peft_type": method.peft_type, **method.says, **method.when, **config}, dict.fromkeys(ats, 0.0))
+
+
+def check_sayable(adapter: Adapter, method: Method, ats: Mapping[str, At], c: float) -> None:
+    """Raises ValueError for what PEFT's form of this method has no words for."""
+    config, instead = adapter.config, "as_lora=True writes a plain LoRA that does the same, where there is one"
+    if c != 1.0 and method.turn is None:
+        raise ValueError(f"{method.peft_type} cannot say c={c}: {instead}")
+    if wrong := [k for k, v in method.fixed.items() if getattr(config, k) != v]:
+        raise ValueError(f"{method.peft_type} cannot say {wrong[0]}={getattr(config, wrong[0])!r}: {instead}")
+    for name in method.alike:
+        if odd := [t for t, at in ats.items() if getattr(at.cfg, name) != getattr(config, name)]:
+            raise ValueError(
+                f"{method.peft_type} has one {name} for all layers, {getattr(config, name)} here, and {odd[0]} has "
+                f"{getattr(ats[odd[0]].cfg, name)}: {instead}"
+            )
+
+
+def in_common(method: Method, held: dict[str, Tensors]) -> tuple[dict[str, Tensors], Tensors]:
+    """Matrices that serve all layers, the largest of each kind, and the layers' tensors with what their own differs by."""
+    whole: Tensors = {}
+    for field in method.shared:
+        whole[field] = largest = max((p[field] for p in held.values()), key=Tensor.numel)
+        held = {t: absorbed(t, p, field, method.absorbs[field], largest) for t, p in held.items()}
+    return held, whole
+
+
+def absorbed(target: str, p: Tensors, field: str, into: str, largest: Tensor) -> Tensors:
+    own, corner = p[field], largest[tuple(slice(n) for n in p[field].shape)]
+    if torch.equal(own, corner):
+        return p
+    factor = float((own.double() * corner).sum() / corner.double().square().sum())
+    if not torch.allclose(own.double(), factor * corner.double(), rtol=1e-4, atol=1e-6 * float(own.abs().max())):
+        raise ValueError(f"{target}: its {field} is no corner of the other layers'; as_lora=True writes each layer's own")
+    return {**p, into: (p[into].double() * factor).to(p[into].dtype)}
+
+
+def bare_layer(adapter: Adapter, target: str) -> Any:
+    """The layer, where its own weight is on it."""
+    return None if adapter.model is None or adapter._merged is not None else adapter.model.get_submodule(target)
+
+
+def plain(adapter: Adapter, c: float, approximate: bool, r: int | None) -> Written:
+    updates = plain_updates(adapter, c, approximate, r)
+    tensors: Tensors = {}
+    for t, update in updates.items():
+        name = f"{FRONT}{strip_prefixes(t)}"
+        tensors |= {f"{name}.lora_A.weight": update.A, f"{name}.lora_B.weight": update.B}
+    rank = next(iter(updates.values())).A.shape[0]
+    config = {
+        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {},
+        "use_rslora": False, "use_dora": False, **LORA_SAYS,
+    }  # fmt: skip
+    return Written(tensors, config, errors(updates))
+
+
+def about(adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What every config says: where, on which base, and how its weights lie."""
+    model = adapter.model
+    flipped = model is not None and any(transposed(model.get_submodule(t)) for t in adapter.targets)
+    return {
+        **({"fan_in_fan_out": flipped} if "fan_in_fan_out" in config else {}),
+        "target_modules": [strip_prefixes(t) for t in adapter.targets],
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "task_type": None,
+    }
+
+
+def saved_beside(adapter: Adapter) -> Tensors:
+    """What `train_also` trained. PEFT saves modules, and cannot save one that carries an adapter."""
+    beside = {strip_prefixes(n): p.detach() for n, p in adapter.also().items()}
+    targets = {strip_prefixes(t) for t in adapter.targets}
+    if bad := [n for n in beside if (module := n.rpartition(".")[0]) == "" or any(f"{t}.".startswith(f"{module}.") for t in targets)]:
+        raise CheckpointError(
+            f"not saved: modules_to_save cannot hold {listed(bad)}, which lie on or above adapted layers, or on the model itself"
+        )
+    return beside
+
+
+def report(adapter: Adapter, lost: Mapping[str, float]) -> None:
+    inexact = {t: error for t, error in lost.items() if error}
+    for t, error in inexact.items():
+        logger.info("{}: {} as a plain LoRA, relative error {:.3g}", t, adapter.variant.name, error)
+    if inexact:
+        worst = max(inexact, key=inexact.__getitem__)
+        logger.warning(
+            "{!r} written approximately: {} layers, worst {} with relative error {:.3g}", adapter.name, len(inexact), worst, inexact[worst]
+        )

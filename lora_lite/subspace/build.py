@@ -1,0 +1,219 @@
+"""How do many adapters become one subspace? Layer by layer, each layer of all adapters read once and let go."""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Callable, Sequence
+
+import torch
+from loguru import logger
+from torch import Tensor
+
+from lora_lite.config import AdapterConfig
+from lora_lite.subspace.coefficients import Kind, Parts, as_cores, encode, flat_a, flat_b
+from lora_lite.subspace.frame import Frame, principal
+from lora_lite.subspace.source import Source, Update, lora_config, same_sizes
+from lora_lite.subspace.state import Layer, Missing, Policy, State
+from lora_lite.variants.lora import LoRAConfig
+
+
+def weighted(update: Update) -> tuple[Tensor, Tensor]:
+    """(Xb, Xa) in float64 with Xb Xb^T = dW dW^T and Xa Xa^T = dW^T dW: the update seen from each side, in no gauge."""
+    A, B = update.A.double(), update.B.double()
+    Ra, Rb = torch.linalg.qr(A.T, mode="r").R, torch.linalg.qr(B, mode="r").R
+    return update.scale * (B @ Ra.T), update.scale * (A.T @ Rb.T)
+
+
+def data(kind: Kind, updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
+    """The columns whose leading directions are the basis, for each side."""
+    if kind != "flat":
+        sides = [weighted(u) for u in updates]
+        return torch.cat([b for b, _ in sides], dim=1), torch.cat([a for _, a in sides], dim=1)
+    wide_b, wide_a = max(u.B.numel() for u in updates), max(u.A.numel() for u in updates)
+    Xb, Xa = [flat_b(u.B, wide_b).double() for u in updates], [flat_a(u.A, wide_a).double() for u in updates]
+    return torch.stack(Xb, dim=1), torch.stack(Xa, dim=1)
+
+
+def by_policy(kind: Kind, policy: Policy, total: float | None = None) -> Callable[[Tensor], int]:
+    """How many directions a side keeps, from its spectrum. A layer's explained variance is lost on both sides, so each side
+    leaves out at most half of what may be left out."""
+
+    def choose(spectrum: Tensor) -> int:
+        if policy.num_components is not None:
+            return min(policy.num_components, len(spectrum))
+        share = policy.variance_threshold if kind == "flat" else (1 + policy.variance_threshold) / 2
+        whole = float(spectrum.sum()) if total is None else total
+        enough = spectrum.cumsum(0) >= share * whole * (1 - 1e-12)
+        return min(int((~enough).sum()) + 1, len(spectrum))
+
+    return choose
+
+
+def build_layer(kind: Kind, policy: Policy, tasks: Sequence[str], updates: Sequence[Update], dtype: torch.dtype) -> Layer:
+    d_in, d_out = updates[0].sizes
+    Xb, Xa = data(kind, updates)
+    frames = [side(kind, policy, X, dtype) for X in (Xb, Xa)]
+    if kind == "diag":  # direction j of one side belongs to direction j of the other
+        k = min(f.k for f in frames)
+        frames = [f.cut(k) for f in frames]
+    b, a = frames
+    coded = [tuple(p.to(dtype) for p in encode(kind, b, a, u.A, u.B)) for u in updates]
+    parts = tuple(torch.cat(column) for column in zip(*coded, strict=True))
+    energy = torch.stack([size(kind, u) for u in updates])
+    lost = torch.stack([error(kind, b, a, u, p, e) for u, p, e in zip(updates, coded, energy, strict=True)])
+    ranks, scales = tuple(u.rank for u in updates), tuple(u.scale for u in updates)
+    return Layer(d_in, d_out, b, a, tuple(tasks), ranks, scales, parts, energy.float(), lost.float())
+
+
+def side(kind: Kind, policy: Policy, X: Tensor, dtype: torch.dtype) -> Frame:
+    mean = X.mean(1) if kind == "flat" else None
+    U, energy, _ = principal(X if mean is None else X - mean[:, None], by_policy(kind, policy))
+    return Frame(U.to(dtype), None if mean is None else mean.to(dtype), energy.float())
+
+
+def size(kind: Kind, u: Update) -> Tensor:
+    """An update's squared size: that of dW, without forming it; in "flat" that of its factors."""
+    A, B = u.A.double(), u.B.double()
+    if kind == "flat":
+        return A.square().sum() + B.square().sum()
+    return u.scale**2 * ((B.T @ B) * (A @ A.T)).sum()
+
+
+def error(kind: Kind, b: Frame, a: Frame, u: Update, parts: Parts, energy: Tensor) -> Tensor:
+    """The squared error of these coefficients on these bases, whatever they are: |dW|^2 - 2 <dW, kept> + |kept|^2."""
+    if kind == "flat":
+        off_b, off_a = flat_b(u.B, b.d).double() - flat_vector(b, parts[0]), flat_a(u.A, a.d).double() - flat_vector(a, parts[1])
+        return off_b.square().sum() + off_a.square().sum()
+    core = as_cores(kind, parts, [u.rank])[0]
+    kb, ka = core.shape  # a diagonal may be smaller than its bases
+    seen = b.along(u.B)[:kb] @ a.along(u.A.T)[:ka].T
+    kept = b.metric[:kb, :kb] @ core @ a.metric[:ka, :ka]
+    return (energy + u.scale**2 * ((kept - 2 * seen) * core).sum()).clamp(min=0)
+
+
+def flat_vector(frame: Frame, loading: Tensor) -> Tensor:
+    mean = frame.centre()
+    assert mean is not None
+    return mean.double() + loading[0].double() @ frame.basis().double()
+
+
+def shared_modules(sources: Sequence[Source], missing: Missing) -> list[str]:
+    """The layers of the subspace, in the first adapter's order. Raises ValueError where adapters differ and may not."""
+    found = list(dict.fromkeys(m for s in sources for m in s.modules))
+    absent = {m: [s.task for s in sources if m not in set(s.modules)] for m in found}
+    absent = {m: tasks for m, tasks in absent.items() if tasks}
+    if not found:
+        raise ValueError("the adapters have no layers")
+    if not absent or missing == "zero":
+        return found
+    examples = "; ".join(f"{m} is not in {tasks[:3]}" for m, tasks in list(absent.items())[:3])
+    if missing == "error":
+        raise ValueError(f'{len(absent)} of {len(found)} layers are not in every adapter: {examples}. missing="zero" or "common" allows that')
+    common = [m for m in found if m not in absent]
+    if not common:
+        raise ValueError(f"the adapters share no common layers: {examples}")
+    logger.warning("left out, since not in every adapter: {}", sorted(absent))
+    return common
+
+
+def build(sources: Sequence[Source], kind: Kind, policy: Policy, missing: Missing, dtype: torch.dtype | None) -> State:
+    modules = shared_modules(sources, missing)
+    layers: dict[str, Layer] = {}
+    first = policy if policy.budget_bytes is None else dataclasses.replace(policy, variance_threshold=1.0, num_components=None)
+    for module in modules:
+        having = [s for s in sources if module in set(s.modules)]
+        updates = [having[0].read(module)]
+        for s in having[1:]:
+            updates.append(same_sizes(s.task, module, s.read(module), updates[0].sizes, f"adapter {having[0].task!r}"))
+        held = dtype or precise(updates)
+        layers[module] = build_layer(kind, first, [s.task for s in having], updates, held)
+        del updates  # before the next layer's are read
+    state = State("flat" if kind == "flat" else "feature", kind, missing, policy, layers)
+    state = state if policy.budget_bytes is None else within_budget(state, policy.budget_bytes)
+    return dataclasses.replace(state, configs={s.task: config_of(state, s.task, s.base_config) for s in sources})
+
+
+def config_of(state: State, task: str, config: AdapterConfig) -> LoRAConfig:
+    """The config of the adapter that a task's coefficients stand for."""
+    having = {m: layer for m, layer in state.layers.items() if task in layer.index}
+    if not having:
+        raise ValueError(f"adapter {task!r} has none of the layers of the subspace")
+    ranks = {m: layer.rank(state.kind, task) for m, layer in having.items()}
+    return lora_config(config, ranks, {m: layer.scales[layer.index[task]] for m, layer in having.items()})
+
+
+def precise(updates: Sequence[Update]) -> torch.dtype:
+    """float32, or float64 where an adapter is: 16 bits are for storage (`to`), not for a basis that is computed with."""
+    dtype = torch.float32
+    for u in updates:
+        dtype = torch.promote_types(dtype, torch.promote_types(u.A.dtype, u.B.dtype))
+    return dtype
+
+
+# -- a budget -----------------------------------------------------------------------------------------------------------
+
+
+def within_budget(state: State, budget: int) -> State:
+    """Directions one by one, each time the one that explains most per byte, over all layers and sides."""
+    ks = {(m, s): min(1, frame(layer, s).k) for m, layer in state.layers.items() for s in "ba"}
+    if state.kind == "diag":
+        ks = {(m, "b"): 1 for m in state.layers}
+    spent = sum(cost(state.kind, layer, *widths(state.kind, ks, m)) for m, layer in state.layers.items())
+    if spent > budget:
+        raise ValueError(f"budget_bytes={budget:,} does not hold one direction per side of each layer, which takes {spent:,}")
+    heap = [(-gain(state, ks, key), key) for key in ks]
+    heapq.heapify(heap)
+    while heap:
+        worth, key = heapq.heappop(heap)
+        if worth != (now := -gain(state, ks, key)):  # the other side has grown since, which makes a direction dearer
+            heapq.heappush(heap, (now, key))
+            continue
+        if now == 0 or spent + (price := step(state, ks, key)) > budget:
+            continue
+        ks[key] += 1
+        spent += price
+        heapq.heappush(heap, (-gain(state, ks, key), key))
+    return dataclasses.replace(state, layers={m: cut(state.kind, layer, *widths(state.kind, ks, m)) for m, layer in state.layers.items()})
+
+
+def frame(layer: Layer, name: str) -> Frame:
+    return layer.b if name == "b" else layer.a
+
+
+def widths(kind: Kind, ks: dict[tuple[str, str], int], module: str) -> tuple[int, int]:
+    kb = ks[module, "b"]
+    return kb, kb if kind == "diag" else ks[module, "a"]
+
+
+def step(state: State, ks: dict[tuple[str, str], int], key: tuple[str, str]) -> int:
+    layer, kind = state.layers[key[0]], state.kind
+    return cost(kind, layer, *widths(kind, ks | {key: ks[key] + 1}, key[0])) - cost(kind, layer, *widths(kind, ks, key[0]))
+
+
+def gain(state: State, ks: dict[tuple[str, str], int], key: tuple[str, str]) -> float:
+    f, k = frame(state.layers[key[0]], key[1]), ks[key]
+    return float(f.energy[k]) / step(state, ks, key) if k < f.k else 0.0
+
+
+def cost(kind: Kind, layer: Layer, kb: int, ka: int) -> int:
+    """Bytes of a layer held with kb and ka directions."""
+    n, width = len(layer.tasks), layer.b.basis().itemsize
+    per_task = {"core": n * kb * ka, "factors": sum(layer.ranks) * (kb + ka), "diag": n * min(kb, ka), "flat": n * (kb + ka)}[kind]
+    means = sum(f.d for f in (layer.b, layer.a) if f.mean is not None)
+    return width * (kb * layer.b.d + ka * layer.a.d + means + per_task) + 4 * (kb + ka + 2 * n)
+
+
+def cut(kind: Kind, layer: Layer, kb: int, ka: int) -> Layer:
+    """The layer on its leading directions only. Coefficients of an orthonormal basis are nested: they are cut, not fitted again."""
+    parts = layer.all_parts()
+    if kind == "core":
+        kept: Parts = (parts[0][:, :kb, :ka],)
+    elif kind == "diag":
+        kept = (parts[0][:, : min(kb, ka)],)
+    else:
+        kept = (parts[0][:, :kb], parts[1][:, :ka])
+    kept = tuple(p.contiguous() for p in kept)
+    gone = (layer.measure(kind, parts) - layer.measure(kind, kept)).clamp(min=0)
+    lost = (layer.lost.double().sqrt() + gone.sqrt()).square().float()
+    return dataclasses.replace(layer, b=layer.b.cut(kb), a=layer.a.cut(ka), parts=kept, lost=lost)

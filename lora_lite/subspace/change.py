@@ -1,0 +1,263 @@
+"""How does a subspace take in, give up, or requantise, without its old tasks losing more than it says? Each function: a state in, a new one out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lora_lite.subspace.build import build_layer, by_policy, config_of, error, precise, size, weighted
+from lora_lite.subspace.coefficients import Kind, Parts, as_cores, encode, flat_a, flat_b, mapped
+from lora_lite.subspace.frame import Frame, outside, upright
+from lora_lite.subspace.packed import Packed, Stored, dense, wide
+from lora_lite.subspace.source import Source, Update, same_sizes
+from lora_lite.subspace.state import Layer, State
+
+COEFFICIENT_GROUP, BASIS_GROUP = 64, 128  # numbers that share a scale; 2 bytes per 128 are 1.6% of an int8 basis
+
+
+class Grown(NamedTuple):
+    """One side with room for one more task: components (k + q, d) and mean in float64, the scatter of all tasks in their
+    coordinates, how old coordinates turn (k, k + q) and shift (k + q,), and the new total energy."""
+
+    components: Tensor
+    mean: Tensor | None
+    scatter: Tensor
+    turn: Tensor
+    shift: Tensor | None
+
+
+def absorb(state: State, source: Source) -> State:
+    """Take in a task and the directions it brings; every old coefficient is carried into the new basis exactly, then all are
+    truncated together. Nothing is computed from old adapters, which need not exist any more."""
+    if state.kind == "diag":
+        raise ValueError('coefficients="diag" keeps a pinned basis: an absorb cannot carry a diagonal. project() and add_task(), or build "core"')
+    if state.bits is not None:
+        raise ValueError(
+            f"this subspace is quantised to {state.bits} bits, and turning its basis would round every old task again; "
+            "to(dtype=torch.float32) first, quantize() afterwards; project() and add_task() work as it is"
+        )
+    updates = read_all(state, source)
+    layers = dict(state.layers)
+    for module, update in updates.items():
+        old = state.layers.get(module)
+        layers[module] = (
+            absorbed(state, old, source.task, update)
+            if old is not None
+            else build_layer(state.kind, state.policy, [source.task], [update], precise([update]))
+        )
+    return admitted(dataclasses.replace(state, layers=layers), source)
+
+
+def admitted(state: State, source: Source) -> State:
+    return dataclasses.replace(state, configs={**state.configs, source.task: config_of(state, source.task, source.base_config)})
+
+
+def read_all(state: State, source: Source, new: bool = True) -> dict[str, Update]:
+    """The source's updates for the layers of the state, all checked before anything is computed."""
+    if source.task in state.configs:
+        raise ValueError(f"a task {source.task!r} is there already; remove_task it first, or give another id")
+    has = set(source.modules)
+    absent, extra = [m for m in state.layers if m not in has], [m for m in source.modules if m not in state.layers]
+    if absent and state.missing != "zero":
+        raise ValueError(f'adapter {source.task!r} lacks {len(absent)} of {len(state.layers)} modules: {absent[:3]}; missing="zero" allows that')
+    if extra and state.missing == "error":
+        raise ValueError(f"adapter {source.task!r} has {len(extra)} modules that the subspace lacks: {extra[:3]}; it has {list(state.layers)[:3]}")
+    modules = [m for m in source.modules if m in state.layers or (new and state.missing == "zero")]
+    if not modules:
+        raise ValueError(f"adapter {source.task!r} has none of the layers of the subspace: {list(state.layers)[:3]}")
+    updates = {m: source.read(m) for m in modules}
+    for m, update in updates.items():
+        if m in state.layers:
+            layer = state.layers[m]
+            same_sizes(source.task, m, update, (layer.d_in, layer.d_out), "the subspace")
+            device = layer.lost.device
+            updates[m] = Update(update.A.to(device), update.B.to(device), update.scale)
+    return updates
+
+
+# -- absorbing ----------------------------------------------------------------------------------------------------------
+
+
+def absorbed(state: State, layer: Layer, task: str, update: Update) -> Layer:
+    kind = state.kind
+    grown_b, grown_a = grown(kind, layer, update)
+    carried = carry(kind, layer, grown_b, grown_a)
+    b, a = (Frame(g.components, g.mean, torch.empty(0)) for g in (grown_b, grown_a))
+    own = encode(kind, b, a, update.A, update.B)
+    parts = tuple(torch.cat([old, new]) for old, new in zip(carried, own, strict=True))
+    energy = torch.cat([layer.energy.double(), size(kind, update)[None].to(layer.energy.device)])
+    entry = error(kind, b, a, update, own, energy[-1])  # zero but for rounding: its directions are all there
+    lost = torch.cat([layer.lost.double(), entry[None]])
+    whole = dataclasses.replace(
+        layer, tasks=(*layer.tasks, task), ranks=(*layer.ranks, update.rank), scales=(*layer.scales, update.scale), energy=energy.float()
+    )
+    return truncated(state, whole, (grown_b, grown_a), parts, lost)
+
+
+def grown(kind: Kind, layer: Layer, update: Update) -> tuple[Grown, Grown]:
+    """Both sides with the update's directions added: residual QR."""
+    if kind != "flat":
+        Xb, Xa = weighted(update)
+        return grow(layer.b, Xb), grow(layer.a, Xa)
+    n = len(layer.tasks)
+    wide_b, wide_a = widened(layer.b, update.B.numel()), widened(layer.a, update.A.numel())
+    return (
+        grow_centred(wide_b, flat_b(update.B, wide_b.d).double(), n),
+        grow_centred(wide_a, flat_a(update.A, wide_a.d).double(), n),
+    )
+
+
+def grow(frame: Frame, X: Tensor) -> Grown:
+    U, turn = upright(frame.basis().double())
+    Q = outside(U, X, noise=8 * torch.finfo(frame.basis().dtype).eps)
+    components = torch.cat([U, Q])
+    Z = components @ X
+    scatter = turned_energy(frame, turn, len(components)) + Z @ Z.T
+    return Grown(components, None, scatter, torch.nn.functional.pad(turn, (0, len(Q))), None)
+
+
+def grow_centred(frame: Frame, x: Tensor, n: int) -> Grown:
+    """The mean moves by (x - mean) / (n + 1); what the old loadings are measured from moves with it, along the new direction."""
+    mean = frame.centre()
+    assert mean is not None
+    step = x - mean.double()
+    U, turn = upright(frame.basis().double())
+    Q = outside(U, step[:, None], noise=8 * torch.finfo(frame.basis().dtype).eps)
+    components = torch.cat([U, Q])
+    z = components @ step
+    scatter = turned_energy(frame, turn, len(components)) + torch.outer(z, z) * (n / (n + 1))
+    return Grown(components, mean.double() + step / (n + 1), scatter, torch.nn.functional.pad(turn, (0, len(Q))), -z / (n + 1))
+
+
+def turned_energy(frame: Frame, turn: Tensor, size: int) -> Tensor:
+    scatter = turn.new_zeros(size, size)
+    scatter[: frame.k, : frame.k] = turn.T @ (frame.energy.double()[:, None] * turn)
+    return scatter
+
+
+def widened(frame: Frame, width: int) -> Frame:
+    """Room for a rank larger than any before: zeros behind, as every old task has them there."""
+    more = max(0, width - frame.d)
+    mean = frame.centre()
+    assert mean is not None
+    pad = torch.nn.functional.pad
+    return frame if not more else Frame(pad(frame.basis(), (0, more)), pad(mean, (0, more)), frame.energy)
+
+
+def carry(kind: Kind, layer: Layer, b: Grown, a: Grown) -> Parts:
+    """Every old task in the grown coordinates: the same update, to rounding."""
+    parts = mapped(kind, layer.all_parts(), b.turn, a.turn)
+    if kind != "flat":
+        return parts
+    assert b.shift is not None and a.shift is not None
+    return parts[0] + b.shift, parts[1] + a.shift
+
+
+def truncated(state: State, layer: Layer, sides: tuple[Grown, Grown], parts: Parts, lost: Tensor) -> Layer:
+    """Onto the leading directions of all tasks together; what each task loses is added to its bound."""
+    kind, dtype = state.kind, layer.b.basis().dtype
+    turned = [leading(g.scatter, by_policy(kind, state.policy, explained_of(kind, layer, g))) for g in sides]
+    (Rb, energy_b), (Ra, energy_a) = turned
+    kept = mapped(kind, parts, Rb, Ra)
+    gone = (layer.measure(kind, parts) - layer.measure(kind, kept)).clamp(min=0)
+    b, a = (
+        Frame((R.T @ g.components).to(dtype), None if g.mean is None else g.mean.to(dtype), energy.float())
+        for g, R, energy in ((sides[0], Rb, energy_b), (sides[1], Ra, energy_a))
+    )
+    bound = torch.where(gone > 0, (lost.clamp(min=0).sqrt() + gone.sqrt()).square(), lost)
+    return dataclasses.replace(layer, b=b, a=a, parts=tuple(p.to(dtype) for p in kept), lost=bound.float())
+
+
+def explained_of(kind: Kind, layer: Layer, side: Grown) -> float | None:
+    """What a threshold is a share of: all that was ever given, not only what is still there."""
+    return float(layer.energy.double().sum()) if kind != "flat" else None
+
+
+def leading(scatter: Tensor, choose: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+    """(R (k + q, k'), energies (k',)): the rotation onto the strongest directions."""
+    values, vectors = torch.linalg.eigh(scatter)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    k = choose(values)
+    return vectors[:, :k], values[:k]
+
+
+# -- leaving, moving, quantising ----------------------------------------------------------------------------------------
+
+
+def removed(state: State, task: str) -> State:
+    layers = {m: layer.without(state.kind, task) if task in layer.index else layer for m, layer in state.layers.items()}
+    return dataclasses.replace(state, layers=layers, configs={t: c for t, c in state.configs.items() if t != task})
+
+
+def quantised(state: State, bits: int) -> State:
+    """Bases to integers, then every coefficient fitted again to the basis as it is now, and to integers itself."""
+    if state.bits == bits:
+        return state
+    layers = {m: quantised_layer(state.kind, layer, bits) for m, layer in state.layers.items()}
+    return dataclasses.replace(state, layers=layers, bits=bits)
+
+
+def quantised_layer(kind: Kind, layer: Layer, bits: int) -> Layer:
+    b, a = quantised_frame(layer.b, bits), quantised_frame(layer.a, bits)
+    parts = layer.all_parts() if kind == "diag" else mapped(kind, layer.all_parts(), refit(layer.b, b), refit(layer.a, a))
+    new = dataclasses.replace(layer, b=b, a=a, parts=tuple(Packed.of(p, bits, COEFFICIENT_GROUP) for p in parts))
+    lost = (layer.lost.double().sqrt() + distances(kind, layer, new).sqrt()).square()
+    return dataclasses.replace(new, lost=lost.float())
+
+
+def distances(kind: Kind, old: Layer, new: Layer) -> Tensor:
+    """(n,) squared distances between what two forms of a layer make of its tasks."""
+    if kind == "flat":
+        return sum((flat_rows(o, p) - flat_rows(f, q)).square().sum(1) for o, p, f, q in zip(
+            (old.b, old.a), old.all_parts(), (new.b, new.a), new.all_parts(), strict=True))  # type: ignore[return-value]  # fmt: skip
+    C, D = as_cores(kind, old.all_parts(), old.ranks), as_cores(kind, new.all_parts(), new.ranks)
+    kb, ka = C.shape[1:]
+    across = [(wide(o.components) @ wide(n.components).T)[:k, :k] for o, n, k in ((old.b, new.b, kb), (old.a, new.a, ka))]
+    own = [(frame.metric[:k, :k]) for frame, k in ((old.b, kb), (old.a, ka), (new.b, kb), (new.a, ka))]
+    inner = (C * (own[0] @ C @ own[1])).sum((1, 2)) + (D * (own[2] @ D @ own[3])).sum((1, 2))
+    return ((inner - 2 * (C * (across[0] @ D @ across[1].T)).sum((1, 2))) * old.weights()).clamp(min=0)
+
+
+def flat_rows(frame: Frame, loadings: Tensor) -> Tensor:
+    mean = frame.centre()
+    assert mean is not None
+    return mean.double() + loadings.double() @ frame.basis().double()
+
+
+def quantised_frame(frame: Frame, bits: int) -> Frame:
+    mean = None if frame.mean is None else Packed.of(dense(frame.mean)[None], bits, BASIS_GROUP)
+    return Frame(Packed.of(frame.basis(), bits, BASIS_GROUP), mean, frame.energy)
+
+
+def refit(old: Frame, new: Frame) -> Tensor:
+    """(k, k): the old directions in least-squares coordinates of the new ones."""
+    return new.coordinates(old.basis().double().T).T
+
+
+def moved(state: State, device: torch.device | None, dtype: torch.dtype | None) -> State:
+    """Onto a device, in a dtype. A quantised state given a dtype is dequantised: its bases made orthonormal, the coefficients carried."""
+    if state.bits is not None and dtype is not None:
+        state = dataclasses.replace(state, layers={m: dequantised(state.kind, layer) for m, layer in state.layers.items()}, bits=None)
+    put: Callable[[Stored], Stored] = lambda x: x.to(device or x.device) if isinstance(x, Packed) else x.to(device=device, dtype=dtype)  # noqa: E731
+
+    def frame(f: Frame) -> Frame:
+        return Frame(put(f.components), None if f.mean is None else put(f.mean), f.energy.to(device=device))
+
+    def layer(x: Layer) -> Layer:
+        places = dict(energy=x.energy.to(device=device), lost=x.lost.to(device=device))
+        return dataclasses.replace(x, b=frame(x.b), a=frame(x.a), parts=tuple(put(p) for p in x.parts), **places)
+
+    return dataclasses.replace(state, layers={m: layer(x) for m, x in state.layers.items()})
+
+
+def dequantised(kind: Kind, layer: Layer) -> Layer:
+    if kind == "diag":
+        plain = [Frame(f.basis(), f.centre(), f.energy) for f in (layer.b, layer.a)]
+        return dataclasses.replace(layer, b=plain[0], a=plain[1], parts=layer.all_parts())
+    (Ub, Tb), (Ua, Ta) = (upright(f.basis().double()) for f in (layer.b, layer.a))
+    b, a = (Frame(U.float(), f.centre(), f.energy) for U, f in ((Ub, layer.b), (Ua, layer.a)))
+    return dataclasses.replace(layer, b=b, a=a, parts=tuple(p.float() for p in mapped(kind, layer.all_parts(), Tb, Ta)))

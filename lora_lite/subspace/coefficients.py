@@ -1,0 +1,136 @@
+"""What few numbers does a task keep, once its layers share a basis? Four kinds, and how each moves when the basis turns.
+
+    kind      per task and layer       the update it stands for (U (d_out, k_b), V (d_in, k_a): the layer's bases)
+    core      C (k_b, k_a)             U C V^T
+    factors   Y (r, k_b), X (r, k_a)   U Y^T X V^T
+    diag      d (k,)                   U diag(d) V^T, on the first k = min(k_b, k_a) of each basis
+    flat      y (k_b,), x (k_a,)       (mean_B + y comps_B as d_out x r) (mean_A + x comps_A as r x d_in)
+
+Tasks lie one after another in the rows of each tensor ("parts"): one row per task, or r rows in "factors".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora_lite.subspace.frame import Frame
+
+Kind = Literal["core", "factors", "diag", "flat"]
+Parts = tuple[Tensor, ...]
+FEATURE_KINDS = ("core", "factors", "diag")
+
+
+def rows(kind: Kind, ranks: Sequence[int], i: int) -> slice:
+    """Which rows of the parts are task i's."""
+    if kind != "factors":
+        return slice(i, i + 1)
+    start = sum(ranks[:i])
+    return slice(start, start + ranks[i])
+
+
+def encode(kind: Kind, b: Frame, a: Frame, A: Tensor, B: Tensor) -> Parts:
+    """The coefficients of B A (alpha not in it), in float64: the nearest update that the bases can hold."""
+    if kind == "flat":
+        return flat_loading(b, flat_b(B, b.d)), flat_loading(a, flat_a(A, a.d))
+    left, right = b.coordinates(B), a.coordinates(A.T)
+    if kind == "factors":
+        return left.T.contiguous(), right.T.contiguous()
+    core = left @ right.T
+    if kind == "core":
+        return (core[None],)
+    return (nearest_diagonal(b, a, core)[None],)
+
+
+def nearest_diagonal(b: Frame, a: Frame, core: Tensor) -> Tensor:
+    """Least squares also where quantising bent the bases: (Gb * Ga) d = diag(Gb core Ga)."""
+    k = min(b.k, a.k)
+    Gb, Ga = b.metric, a.metric
+    return torch.linalg.solve(Gb[:k, :k] * Ga[:k, :k], (Gb @ core @ Ga).diagonal()[:k])
+
+
+def flat_loading(frame: Frame, vector: Tensor) -> Tensor:
+    mean = frame.centre()
+    assert mean is not None
+    return frame.coordinates((vector.double() - mean.double())[:, None]).T
+
+
+def flat_a(A: Tensor, width: int) -> Tensor:
+    """A (r, d_in) row by row, zeros behind where another task has a larger rank."""
+    return F.pad(A.reshape(-1), (0, width - A.numel()))
+
+
+def flat_b(B: Tensor, width: int) -> Tensor:
+    """B^T row by row, so that padding the rank pads the end."""
+    return F.pad(B.T.reshape(-1), (0, width - B.numel()))
+
+
+def expand(kind: Kind, parts: Parts, b: Frame, a: Frame, r: int, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(A (n, d_in), B (d_out, n)) of one task, differentiable in its parts; n is r, or the basis' k for core and diag."""
+    d_in, d_out = sizes
+    if kind == "flat":
+        mb, ma = b.centre(), a.centre()
+        assert mb is not None and ma is not None
+        x, y = ma.to(parts[1]) + parts[1][0] @ a.basis().to(parts[1]), mb.to(parts[0]) + parts[0][0] @ b.basis().to(parts[0])
+        return x[: r * d_in].reshape(r, d_in), y[: r * d_out].reshape(r, d_out).T
+    U, V = b.basis().to(parts[0]), a.basis().to(parts[0])
+    if kind == "factors":
+        return parts[1] @ V, (parts[0] @ U).T
+    if kind == "diag":
+        k = parts[0].shape[1]
+        return V[:k], U[:k].T * parts[0][0]
+    return parts[0][0] @ V, U.T
+
+
+def compact(kind: Kind, parts: Parts, b: Frame, a: Frame, r: int, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(A (r, d_in), B (d_out, r)), exact: a core has the rank of the adapter it came from. Zero rows where k < r."""
+    if kind != "core":
+        A, B = expand(kind, parts, b, a, r, sizes)
+    else:
+        P, S, Qh = torch.linalg.svd(parts[0][0].double(), full_matrices=False)
+        root = S[:r].sqrt()
+        A = (root[:, None] * Qh[:r]) @ a.basis().double()
+        B = b.basis().double().T @ (P[:, :r] * root)
+    missing = r - A.shape[0]
+    return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
+
+
+def mapped(kind: Kind, parts: Parts, Tb: Tensor, Ta: Tensor) -> Parts:
+    """Coefficients in other coordinates, in float64: those along old direction j become row j of T (k_old, k_new)."""
+    wide = tuple(p.double() for p in parts)
+    if kind == "core":
+        return (Tb.T @ wide[0] @ Ta,)
+    if kind == "diag":
+        raise ValueError('coefficients="diag" cannot be carried to another basis; build with coefficients="core" to absorb')
+    return wide[0] @ Tb, wide[1] @ Ta
+
+
+def padded(kind: Kind, parts: Parts, kb: int, ka: int) -> Parts:
+    """With zeros along new directions, up to kb and ka."""
+    if kind == "core":
+        return (F.pad(parts[0], (0, ka - parts[0].shape[2], 0, kb - parts[0].shape[1])),)
+    if kind == "diag":
+        return (F.pad(parts[0], (0, min(kb, ka) - parts[0].shape[1])),)
+    return F.pad(parts[0], (0, kb - parts[0].shape[1])), F.pad(parts[1], (0, ka - parts[1].shape[1]))
+
+
+def as_cores(kind: Kind, parts: Parts, ranks: Sequence[int]) -> Tensor:
+    """(n, k_b, k_a) in float64, of every kind but "flat"."""
+    if kind == "core":
+        return parts[0].double()
+    if kind == "diag":
+        return torch.diag_embed(parts[0].double())
+    Y, X = parts[0].double(), parts[1].double()
+    return torch.stack([Y[s].T @ X[s] for s in (rows(kind, ranks, i) for i in range(len(ranks)))])
+
+
+def squares(kind: Kind, parts: Parts, ranks: Sequence[int]) -> Tensor:
+    """Squared length of each task's coefficients (n,): that of its update, alpha not in it; in "flat" that of both vectors."""
+    if kind == "factors":
+        grams = [(parts[0][s] @ parts[0][s].T, parts[1][s] @ parts[1][s].T) for s in (rows(kind, ranks, i) for i in range(len(ranks)))]
+        return torch.stack([(y * x).sum() for y, x in grams]) if grams else parts[0].new_zeros(0)
+    return torch.stack([p.square().flatten(1).sum(1) for p in parts]).sum(0)

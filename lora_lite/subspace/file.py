@@ -1,0 +1,187 @@
+"""How does a subspace become one safetensors file, and come back whole or not at all?
+
+Layers and tasks are numbered in the tensors' keys (`0.b.components`, `0.parts.1.scales`); their names are JSON text in the
+header and never a path. One tensor per layer holds all tasks' coefficients, so that a thousand tasks are a few tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lite import checkpoint
+from lora_lite.checkpoint import CheckpointError, brief, check_entries, check_place, digest, in_place, non_finite, raw, read_header
+from lora_lite.checkpoint import read_tensors, replace, shown, strict_json
+from lora_lite.subspace.coefficients import Kind
+from lora_lite.subspace.frame import Frame
+from lora_lite.subspace.packed import Packed, Stored
+from lora_lite.subspace.state import Layer, Policy, State
+from lora_lite.variants.lora import LoRAConfig
+from lora_lite.version import __version__
+
+FORMAT, FORMAT_VERSION = "lora_lite.subspace", "1"
+PARTS = {"core": 1, "diag": 1, "factors": 2, "flat": 2}
+
+
+def write(path: str | os.PathLike[str], state: State) -> None:
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(f"{path} is a directory; give a file in it, such as {Path(path) / 'subspace.safetensors'}")
+    flat = {name: v.detach().to("cpu").contiguous() for name, v in tensors(state).items()}
+    if bad := non_finite(flat):
+        raise CheckpointError(f"not saved: {bad[:5]} hold NaN or infinity")
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "library_version": __version__, "subspace": json.dumps(described(state))}
+    head = checkpoint.header(metadata | {"sha256": digest(metadata, flat)}, flat)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replace(target, [head, *(raw(v) for _, v in in_place(flat))])
+
+
+def tensors(state: State) -> dict[str, Tensor]:
+    flat: dict[str, Tensor] = {}
+
+    def put(name: str, x: Stored | None) -> None:
+        if isinstance(x, Packed):
+            flat[name], flat[f"{name}.scales"] = x.values, x.scales
+        elif x is not None:
+            flat[name] = x
+
+    for i, layer in enumerate(state.layers.values()):
+        for side, frame in (("b", layer.b), ("a", layer.a)):
+            put(f"{i}.{side}.components", frame.components)
+            put(f"{i}.{side}.mean", frame.mean)
+            put(f"{i}.{side}.energy", frame.energy)
+        for j, part in enumerate(layer.parts):
+            put(f"{i}.parts.{j}", part)
+        put(f"{i}.energy", layer.energy)
+        put(f"{i}.lost", layer.lost)
+    return flat
+
+
+def described(state: State) -> dict[str, Any]:
+    """Everything but the tensors. Configs and lists of tasks that repeat are written once."""
+    configs: dict[str, int] = {}
+    lists: dict[tuple[Any, ...], int] = {}
+    tasks = list(state.configs)
+    number = {t: i for i, t in enumerate(tasks)}
+    own = [configs.setdefault(c.to_json(), len(configs)) for c in state.configs.values()]
+    layers = []
+    for name, x in state.layers.items():
+        having = (tuple(number[t] for t in x.tasks), x.ranks, x.scales)
+        layers.append({"name": name, "d_in": x.d_in, "d_out": x.d_out, "having": lists.setdefault(having, len(lists)), "shapes": shapes(x)})
+    policy = {k: getattr(state.policy, k) for k in ("variance_threshold", "num_components", "budget_bytes")}
+    return {
+        "space": state.space, "kind": state.kind, "missing": state.missing, "bits": state.bits, "policy": policy,
+        "tasks": tasks, "config_of": own, "configs": [json.loads(c) for c in configs],
+        "having": [{"tasks": t, "ranks": r, "scales": s} for t, r, s in lists], "layers": layers,
+    }  # fmt: skip
+
+
+def shapes(layer: Layer) -> list[Any]:
+    """Of what is packed, whose integers do not tell: [shape, group] by the order of `Layer.numbers`."""
+    return [[list(x.shape), x.group] if isinstance(x, Packed) else None for x in layer.numbers()]
+
+
+def read(path: str | os.PathLike[str]) -> State:
+    source, path = str(path), Path(path)
+    check_place(path)
+    with open(path, "rb") as file:
+        head = read_header(source, file)
+        metadata = head.pop("__metadata__", None) or {}
+        check_ours(source, metadata, head)
+        check_entries(source, head)
+        file.seek(0)
+        flat = read_tensors(source, file, list(head))
+    checkpoint.check_digest(source, metadata, flat)
+    if bad := non_finite(flat):
+        raise CheckpointError(f"{source} is not a subspace as it stands: {bad[:5]} hold NaN or infinity")
+    try:
+        return restored(strict_json(metadata["subspace"]), flat)
+    except Exception as error:  # JSON that anyone may have written
+        raise CheckpointError(f"{source}: its header does not describe its tensors: {brief(error)}") from error
+
+
+def check_ours(source: str, metadata: Mapping[str, str], head: Mapping[str, Any]) -> None:
+    if metadata.get("format") != FORMAT or "subspace" not in metadata:
+        found = metadata.get("format")
+        hint = " It is an adapter: ll.load(model, path) attaches it." if found == checkpoint.FORMAT else ""
+        raise CheckpointError(f"{source} was not saved by SharedSubspace.save: its format is {shown(repr(found))}.{hint}")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{source} has subspace format version {shown(str(metadata.get('format_version')))}; lora_lite {__version__} reads {FORMAT_VERSION}"
+        )
+
+
+def restored(said: dict[str, Any], flat: dict[str, Tensor]) -> State:
+    kind: Kind = said["kind"]
+    if kind not in PARTS or said["space"] != ("flat" if kind == "flat" else "feature") or said["missing"] not in ("error", "zero", "common"):
+        raise ValueError(f"space {said['space']!r}, kind {kind!r}, missing {said['missing']!r}")
+    if said["bits"] not in (None, 4, 8):
+        raise ValueError(f"bits {said['bits']!r}")
+    tasks: list[str] = said["tasks"]
+    if len(set(tasks)) < len(tasks) or not all(isinstance(t, str) for t in tasks) or len(tasks) != len(said["config_of"]):
+        raise ValueError("its tasks are not different texts with a config each")
+    configs = [LoRAConfig.from_dict(c) for c in said["configs"]]
+    left = dict(flat)
+    layers = {x["name"]: layer_from(i, x, said, tasks, kind, left) for i, x in enumerate(said["layers"])}
+    if left or len(layers) < len(said["layers"]):
+        raise ValueError(f"tensors that no layer has: {sorted(left)[:5]}")
+    by_task = {t: configs[c] for t, c in zip(tasks, said["config_of"], strict=True)}
+    return State(said["space"], kind, said["missing"], Policy(**said["policy"]), layers, by_task, said["bits"])
+
+
+def layer_from(i: int, x: dict[str, Any], said: dict[str, Any], tasks: list[str], kind: Kind, flat: dict[str, Tensor]) -> Layer:
+    packed = iter(x["shapes"])
+
+    def take(name: str) -> Stored:
+        shape = next(packed)
+        values = flat.pop(f"{i}.{name}")
+        if shape is None:
+            return values
+        return unpacked(values, flat.pop(f"{i}.{name}.scales"), tuple(shape[0]), said["bits"], shape[1])
+
+    components = [take(f"{side}.components") for side in "ba"]
+    means = [take(f"{side}.mean") if kind == "flat" else None for side in "ba"]
+    parts = tuple(take(f"parts.{j}") for j in range(PARTS[kind]))
+    b, a = (Frame(c, m, flat.pop(f"{i}.{side}.energy")) for side, c, m in zip("ba", components, means, strict=True))
+    having = said["having"][x["having"]]
+    own = tuple(tasks[t] for t in having["tasks"])
+    layer = Layer(
+        x["d_in"], x["d_out"], b, a, own, tuple(having["ranks"]), tuple(map(float, having["scales"])), parts,
+        flat.pop(f"{i}.energy"), flat.pop(f"{i}.lost"),
+    )  # fmt: skip
+    check_layer(kind, layer)
+    return layer
+
+
+def unpacked(values: Tensor, scales: Tensor, shape: tuple[int, ...], bits: int, group: int) -> Packed:
+    width = 1
+    for n in shape[1:]:
+        width *= n
+    expected = (shape[0], width if bits == 8 else -(-width // 2)), (shape[0], -(-width // group))
+    dtypes = (torch.int8 if bits == 8 else torch.uint8, torch.bfloat16)
+    if (tuple(values.shape), tuple(scales.shape)) != expected or (values.dtype, scales.dtype) != dtypes:
+        raise ValueError(f"integers {tuple(values.shape)} and scales {tuple(scales.shape)} do not hold {shape} in {bits} bits")
+    return Packed(values, scales, shape, bits, group)
+
+
+def check_layer(kind: Kind, x: Layer) -> None:
+    """Every shape that follows from another."""
+    n, kb, ka = len(x.tasks), x.b.k, x.a.k
+    if kind == "flat":
+        sizes_fit = x.b.d % x.d_out == 0 and x.a.d % x.d_in == 0 and max(x.ranks, default=0) * x.d_in <= x.a.d
+    else:
+        sizes_fit = (x.b.d, x.a.d) == (x.d_out, x.d_in)
+    total = sum(x.ranks)
+    want = {
+        "core": [(n, kb, ka)], "diag": [(n, min(kb, ka))], "factors": [(total, kb), (total, ka)], "flat": [(n, kb), (n, ka)],
+    }[kind]  # fmt: skip
+    lengths = {len(x.ranks), len(x.scales), len(x.energy), len(x.lost), len(set(x.tasks))}
+    whole = all(isinstance(r, int) and r > 0 for r in x.ranks)
+    if not sizes_fit or not whole or [tuple(p.shape) for p in x.parts] != want or lengths != {n} or (len(x.b.energy), len(x.a.energy)) != (kb, ka):
+        raise ValueError(f"a layer {x.d_in} -> {x.d_out} with bases {x.b.components.shape}, {x.a.components.shape} has parts {[p.shape for p in x.parts]}")

@@ -1,0 +1,96 @@
+"""Where does an adapter lie in a subspace as it is now, and how much of it is caught?"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lora_lite.config import AdapterConfig
+from lora_lite.subspace.build import config_of, error, size
+from lora_lite.subspace.change import read_all
+from lora_lite.subspace.coefficients import Kind, Parts, encode
+from lora_lite.subspace.packed import Stored
+from lora_lite.subspace.source import Source
+from lora_lite.subspace.state import Layer, State
+
+
+@dataclass(frozen=True, eq=False)
+class Caught:
+    """One layer of a projection: coefficients, and the squared size and squared error of what they stand for."""
+
+    parts: Parts
+    rank: int
+    scale: float
+    energy: float
+    error: float
+    bases: tuple[Stored, Stored]
+
+
+@dataclass(frozen=True, eq=False)
+class TaskProjection:
+    """An adapter's coefficients on a subspace's bases: `p = sub.project(adapter, task_id="new"); p.coverage; sub.add_task(p)`.
+
+    It belongs to the bases it was made on: after an absorb, quantize or to, `add_task` refuses it.
+    """
+
+    task_id: str
+    kind: Kind
+    layers: Mapping[str, Caught]
+    config: AdapterConfig
+
+    @property
+    def coverage(self) -> float:
+        """1 - |error|^2 / |update|^2 over all layers: 1 is all of it. In "flat", of the factors; it may be below 0 there."""
+        return _share(sum(c.error for c in self.layers.values()), sum(c.energy for c in self.layers.values()))
+
+    @property
+    def coverage_by_layer(self) -> dict[str, float]:
+        return {m: _share(c.error, c.energy) for m, c in self.layers.items()}
+
+    @property
+    def loadings_a(self) -> dict[str, Tensor]:
+        """By layer: the input side's coefficients (a core or a diagonal belongs to both sides)."""
+        return {m: c.parts[-1] for m, c in self.layers.items()}
+
+    @property
+    def loadings_b(self) -> dict[str, Tensor]:
+        return {m: c.parts[0] for m, c in self.layers.items()}
+
+
+def _share(error: float, energy: float) -> float:
+    return 1.0 if energy == 0 else 1 - error / energy
+
+
+def project(state: State, source: Source, task_id: str) -> TaskProjection:
+    updates = read_all(state, source, new=False)
+    caught = {}
+    for m, u in updates.items():
+        layer = state.layers[m]
+        parts = encode(state.kind, layer.b, layer.a, u.A, u.B)
+        if state.bits is None:
+            parts = tuple(p.to(layer.b.basis().dtype) for p in parts)
+        energy = size(state.kind, u)
+        off = error(state.kind, layer.b, layer.a, u, parts, energy)
+        caught[m] = Caught(parts, u.rank, u.scale, float(energy), float(off), (layer.b.components, layer.a.components))
+    return TaskProjection(task_id, state.kind, caught, source.base_config)
+
+
+def same_bases(c: Caught, layer: Layer) -> bool:
+    return c.bases[0] is layer.b.components and c.bases[1] is layer.a.components
+
+
+def added(state: State, p: TaskProjection) -> State:
+    """With a projected task beside the others, whose coefficients and bases stay bit for bit."""
+    if p.task_id in state.configs:
+        raise ValueError(f"a task {p.task_id!r} is there already; remove_task it first, or give another id")
+    stale = [m for m, c in p.layers.items() if m not in state.layers or not same_bases(c, state.layers[m])]
+    if stale or p.kind != state.kind:
+        raise ValueError(f"the projection of {p.task_id!r} was made on other bases (of {stale[:3]}) than the subspace has now; project again")
+    layers = dict(state.layers)
+    for m, c in p.layers.items():
+        layers[m] = layers[m].joined(p.kind, p.task_id, c.rank, c.scale, c.parts, c.energy, c.error)
+    state = dataclasses.replace(state, layers=layers)
+    return dataclasses.replace(state, configs={**state.configs, p.task_id: config_of(state, p.task_id, p.config)})

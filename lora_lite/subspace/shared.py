@@ -1,0 +1,299 @@
+"""What does a user hold of many adapters at once? A SharedSubspace: one immutable state, and the calls that put another in its place."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch.nn import Parameter
+
+from lora_lite.adapter import Adapter
+from lora_lite.subspace import change, diagnosis, file, live, training
+from lora_lite.subspace.build import build
+from lora_lite.subspace.coefficients import FEATURE_KINDS
+from lora_lite.subspace.projection import TaskProjection, added, project
+from lora_lite.subspace.source import AdapterSource, FileSource, Source
+from lora_lite.subspace.state import Layer, Missing, Policy, State
+from lora_lite.variants.shared import SharedConfig
+
+PathLike = str | os.PathLike[str]
+
+
+class Sides(NamedTuple):
+    """Something of the output side (b, where B is) and of the input side (a)."""
+
+    b: Any
+    a: Any
+
+
+class SharedSubspace:
+    """One basis per layer and side for many adapters of one base, and a few numbers for each.
+
+        sub = ll.SharedSubspace.from_adapters([a0, a1], task_ids=["terse", "kind"], variance_threshold=0.9)
+        sub.absorb(a2, "formal"); adapter = sub.reconstruct("kind"); sub.save("tasks.safetensors")
+
+    Readers never wait and see the state before or after a change, never between; writers take turns. A call that raises has
+    changed nothing. What it costs and what holds: docs/subspace.md.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._writing = threading.RLock()
+
+    # -- made from ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_adapters(
+        cls,
+        adapters: Sequence[Adapter],
+        task_ids: Sequence[str] | None = None,
+        *,
+        space: Literal["feature", "flat"] = "feature",
+        coefficients: Literal["core", "factors", "diag"] = "core",
+        variance_threshold: float = 0.6,
+        num_components: int | None = None,
+        adaptive_k: bool = False,
+        budget_bytes: int | None = None,
+        missing: Missing = "error",
+        dtype: torch.dtype | None = None,
+    ) -> SharedSubspace:
+        """The basis of these adapters. `from_adapters([a0, a1, a2], task_ids=["x", "y", "z"], num_components=16)`.
+
+        space               "feature": directions of the updates B A, whichever way they are factored. "flat": PCA of flattened factors
+        coefficients        "core" (k x k per task), "factors" (r x k twice) or "diag" (k, on a basis that stays); "flat" has its own
+        variance_threshold  each layer keeps at least this share of sum |dW|^2 (in "flat": of each side's variance)
+        num_components      the same k everywhere instead; adaptive_k=True lets the threshold decide all the same
+        budget_bytes        directions go where they explain most per byte until this is spent
+        missing             layers not in every adapter: "error", "zero" (such an update is zero) or "common" (they are left out)
+        dtype               of bases and coefficients: float32 unless an adapter is float64
+
+        Raises ValueError for no adapters, ids that do not match or repeat, NaN, shapes that differ, layers that are missing.
+        """
+        ids = task_names(task_ids, [f"task_{i}" for i in range(len(adapters))])
+        policy = checked_policy(space, coefficients, variance_threshold, num_components, adaptive_k, budget_bytes)
+        sources = [AdapterSource(t, a) for t, a in zip(ids, adapters, strict=True)]
+        return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype))
+
+    @classmethod
+    def from_adapters_streaming(
+        cls,
+        paths: Sequence[PathLike],
+        task_ids: Sequence[str] | None = None,
+        num_components: int | None = 4,
+        *,
+        space: Literal["feature", "flat"] = "feature",
+        coefficients: Literal["core", "factors", "diag"] = "core",
+        variance_threshold: float = 0.6,
+        adaptive_k: bool = False,
+        budget_bytes: int | None = None,
+        missing: Missing = "error",
+        dtype: torch.dtype | None = None,
+    ) -> SharedSubspace:
+        """The same from files of `adapter.save`, one layer of all of them in memory at a time: the same numbers as in batch.
+
+        Ids are the files' names without ending, or their folders' where those repeat, unless given. num_components=None leaves k to the threshold or the budget.
+        """
+        ids = task_names(task_ids, file_names(paths))
+        fixed = None if budget_bytes is not None else num_components
+        policy = checked_policy(space, coefficients, variance_threshold, fixed, adaptive_k, budget_bytes)
+        sources = [FileSource(t, os.fspath(p)) for t, p in zip(ids, paths, strict=True)]
+        return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype))
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> State:
+        """The state as it is now; it never changes itself, so hold it to read several things of one moment."""
+        return self._state
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self._state.configs)
+
+    @property
+    def layer_names(self) -> list[str]:
+        return list(self._state.layers)
+
+    @property
+    def components(self) -> dict[str, Sides]:
+        """By layer: orthonormal rows (k, d_out) and (k, d_in); in "flat" (k, d_out r) and (k, r d_in)."""
+        return {m: Sides(x.b.basis(), x.a.basis()) for m, x in self._state.layers.items()}
+
+    @property
+    def means(self) -> dict[str, Sides]:
+        """By layer, None in the uncentred space "feature"."""
+        return {m: Sides(x.b.centre(), x.a.centre()) for m, x in self._state.layers.items()}
+
+    @property
+    def singular_values(self) -> dict[str, Sides]:
+        return {m: Sides(x.b.energy.sqrt(), x.a.energy.sqrt()) for m, x in self._state.layers.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Of bases, means, coefficients, scales and energies, as they are held."""
+        return self._state.nbytes
+
+    def error_bound(self, task_id: str) -> dict[str, float]:
+        """By layer: a bound on |dW - reconstructed dW|^2 (in "flat": on the factors'), kept up through every absorb."""
+        layers = having(self._state, task_id)
+        return {m: float(x.lost[x.index[task_id]]) for m, x in layers.items()}
+
+    def compression_stats(self) -> dict[str, Any]:
+        """components_per_layer, total_params_compressed, total_params_original, compression_ratio, num_tasks, num_layers."""
+        layers = self._state.layers
+        held = sum(math.prod(x.shape) for layer in layers.values() for x in layer.numbers())
+        original = sum(r * (x.d_in + x.d_out) for x in layers.values() for r in x.ranks)
+        return {
+            "components_per_layer": {m: Sides(x.b.k, x.a.k) for m, x in layers.items()},
+            "total_params_compressed": held,
+            "total_params_original": original,
+            "compression_ratio": original / max(1, held),
+            "num_tasks": len(self._state.configs),
+            "num_layers": len(layers),
+        }
+
+    def diagnose(self, adapters: Mapping[str, Adapter] | None = None, seed: int = 0) -> dict[str, diagnosis.Verdict]:
+        """By layer: does this collection share anything? See `lora_lite.subspace.diagnosis`. Give the adapters by task id for
+        figures of the originals; without them it can only speak of what was kept."""
+        return diagnosis.diagnose(self._state, adapters, seed)
+
+    def __repr__(self) -> str:
+        state = self._state
+        held = f"int{state.bits}" if state.bits else "dense"
+        return f"SharedSubspace({len(state.configs)} tasks, {len(state.layers)} layers, {state.space}/{state.kind}, {held}, {state.nbytes:,} bytes)"
+
+    # -- tasks --------------------------------------------------------------------------------------------------------
+
+    def project(self, adapter: Adapter, task_id: str = "projected") -> TaskProjection:
+        """Where an adapter lies on the bases as they are; changes nothing. `p.coverage` says how much of it they hold."""
+        return project(self._state, AdapterSource(task_id, adapter), task_id)
+
+    def add_task(self, projection: TaskProjection) -> None:
+        """Keep a projection. The bases stay, so the part they do not hold is lost; `absorb` makes room for it."""
+        with self._writing:
+            self._state = added(self._state, projection)
+
+    def absorb(self, adapter: Adapter | PathLike, task_id: str) -> None:
+        """Take in an adapter and the directions it brings. Old tasks are carried into the new bases exactly, and lose at most what
+        `error_bound` then says; none of it where k has room. Cost does not depend on how the old adapters came in."""
+        source: Source = AdapterSource(task_id, adapter) if isinstance(adapter, Adapter) else FileSource(task_id, os.fspath(adapter))
+        with self._writing:
+            self._state = change.absorb(self._state, source)
+
+    absorb_incremental = absorb
+
+    def reconstruct(self, task_id: str) -> Adapter:
+        """The task as a detached LoRA adapter, with its own alpha, ranks and places: `ll.attach(model, sub.reconstruct("kind"))`."""
+        state = self._state
+        layers = having(state, task_id)
+        tensors, sizes = {}, {}
+        dtype = next(iter(layers.values())).b.basis().dtype
+        dtype = torch.promote_types(dtype, torch.float32)
+        for m, layer in layers.items():
+            update = layer.update(state.kind, task_id)
+            tensors[m] = {"lora_A": update.A.to(dtype).contiguous(), "lora_B": update.B.to(dtype).contiguous()}
+            sizes[m] = (layer.d_in, layer.d_out)
+        return Adapter(training.with_dtype(state.configs[task_id], dtype), tensors, sizes)
+
+    def remove_task(self, task_id: str) -> None:
+        """Forget a task. The bases and the other tasks stay bit for bit. Raises KeyError for an unknown id."""
+        with self._writing:
+            having(self._state, task_id)
+            self._state = change.removed(self._state, task_id)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def get_trainable_params(self, task_id: str, num_expand: int = 0, seed: int = 0) -> training.Trainable:
+        """Parameters for a hand-written loop: `{layer}.loadings_a`/`_b` (a core or a diagonal: `{layer}.loadings`), starting at the
+        task. num_expand further directions per side are the trained task's own until `commit`."""
+        having(self._state, task_id)
+        return training.trainable(self._state, task_id, num_expand, seed)
+
+    def live(self, config: SharedConfig, targets: Sequence[str] | None = None, name: str = "default", seed: int | None = None) -> Adapter:
+        """A detached adapter that trains on these bases: `sub.live(SharedConfig(train="core")).put_on(model)`, which is what
+        `ll.attach(model, config, shared=sub)` does. Its file carries the bases; `commit` brings it back."""
+        return live.live(self._state, config, targets, name, seed)
+
+    def commit(self, trained: Mapping[str, Parameter] | Adapter, task_id: str) -> None:
+        """Keep what was trained as the task's coefficients, replacing it if it is there. Raises ValueError when the bases moved meanwhile."""
+        with self._writing:
+            self._state = training.committed(self._state, trained, task_id)
+
+    # -- form ---------------------------------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SharedSubspace:
+        """Bases and coefficients onto a device, in a dtype; a dtype also undoes `quantize`. Returns self."""
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be a floating torch.dtype, got {dtype}; quantize(bits=8) makes integers")
+        with self._writing:
+            self._state = change.moved(self._state, None if device is None else torch.device(device), dtype)
+        return self
+
+    def quantize(self, bits: int = 8) -> SharedSubspace:
+        """Integers of 8 or 4 bits in memory and on disk, coefficients fitted again to the quantised bases. Returns self."""
+        if bits not in (4, 8):
+            raise ValueError(f"bits must be 4 or 8, got {bits!r}")
+        with self._writing:
+            self._state = change.quantised(self._state, bits)
+        return self
+
+    def save(self, path: PathLike) -> None:
+        """One safetensors file, atomically: at every moment the path holds the old file or the new one, whole."""
+        file.write(path, self._state)
+
+    @classmethod
+    def load(cls, path: PathLike) -> SharedSubspace:
+        """Raises CheckpointError (a ValueError) for a file that is damaged, or of something else."""
+        return cls(file.read(path))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_state": self._state}
+
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        self.__init__(values["_state"])
+
+
+def having(state: State, task_id: str) -> dict[str, Layer]:
+    """The layers a task has. Raises KeyError for an unknown one."""
+    if task_id not in state.configs:
+        raise KeyError(f"no task {task_id!r} here; there are {list(state.configs)[:20]}")
+    return {m: layer for m, layer in state.layers.items() if task_id in layer.index}
+
+
+def file_names(paths: Sequence[PathLike]) -> list[str]:
+    stems = [Path(p).stem for p in paths]
+    return stems if len(set(stems)) == len(stems) else [Path(p).resolve().parent.name for p in paths]
+
+
+def task_names(given: Sequence[str] | None, default: list[str]) -> list[str]:
+    ids = default if given is None else list(given)
+    if not default:
+        raise ValueError("no adapters were given; a subspace needs at least one")
+    if len(ids) != len(default):
+        raise ValueError(f"{len(ids)} task_ids for {len(default)} adapters")
+    if wrong := [t for t in ids if not isinstance(t, str)]:
+        raise ValueError(f"task ids are text, got {wrong[:5]}")
+    if twice := sorted({t for t in ids if ids.count(t) > 1}):
+        raise ValueError(f"task ids must differ; repeated: {twice[:5]}. Give task_ids=")
+    return ids
+
+
+def checked_policy(
+    space: str, coefficients: str, threshold: float, k: int | None, adaptive: bool, budget: int | None
+) -> Policy:
+    if space not in ("feature", "flat"):
+        raise ValueError(f'space must be "feature" or "flat", got {space!r}')
+    if coefficients not in FEATURE_KINDS:
+        raise ValueError(f"coefficients must be one of {FEATURE_KINDS}, got {coefficients!r}")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"variance_threshold must be in (0, 1], got {threshold!r}")
+    if k is not None and (not isinstance(k, int) or k < 1):
+        raise ValueError(f"num_components must be a whole number from 1, got {k!r}")
+    if budget is not None and (k is not None or budget < 1):
+        raise ValueError(f"give budget_bytes={budget!r} (positive) without num_components={k!r}")
+    return Policy(threshold, None if adaptive else k, budget)

@@ -1,0 +1,166 @@
+"""What is a shared subspace, as a value? Frozen layers of bases and coefficients, swapped whole; nothing here is ever written to."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_lite.lowrank import LowRank
+from lora_lite.subspace.coefficients import Kind, Parts, compact, expand, rows, squares
+from lora_lite.subspace.frame import Frame
+from lora_lite.subspace.packed import Stored, append, dense, take
+from lora_lite.variants.lora import LoRAConfig
+
+Missing = Literal["error", "zero", "common"]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How many directions each side of each layer keeps, at the start and after each absorb: a number, or by explained variance."""
+
+    variance_threshold: float = 0.6
+    num_components: int | None = None
+    budget_bytes: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer's bases and what each task keeps on them: a pair of frames, b for the output side and a for the input side.
+
+    energy (n,)  each task's squared size as it was given: of its update at c = 1; in space "flat" of its factors
+    lost (n,)    a bound on each task's squared error: the error at entry, and after each truncation (sqrt(lost) + d)^2, d its size
+    """
+
+    d_in: int
+    d_out: int
+    b: Frame
+    a: Frame
+    tasks: tuple[str, ...]
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    parts: tuple[Stored, ...]
+    energy: Tensor
+    lost: Tensor
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        return {task: i for i, task in enumerate(self.tasks)}
+
+    def own(self, kind: Kind, task: str) -> Parts:
+        """One task's rows of the coefficients."""
+        where = rows(kind, self.ranks, self.index[task])
+        return tuple(dense(take(p, torch.arange(where.start, where.stop))) for p in self.parts)
+
+    def all_parts(self) -> Parts:
+        return tuple(dense(p) for p in self.parts)
+
+    def update(self, kind: Kind, task: str) -> LowRank:
+        """The task's update with as many ranks as its adapter had, in float64 but for "flat"."""
+        i = self.index[task]
+        A, B = compact(kind, self.own(kind, task), self.b, self.a, self.rank(kind, task), (self.d_in, self.d_out))
+        return LowRank(A, B, self.scales[i])
+
+    def rank(self, kind: Kind, task: str) -> int:
+        """Of the task's update: as its adapter had it, but a diagonal has the basis' own."""
+        return max(1, min(self.b.k, self.a.k)) if kind == "diag" else self.ranks[self.index[task]]
+
+    def loose(self, kind: Kind, task: str) -> LowRank:
+        """The same update without a decomposition, on the basis' own k ranks."""
+        i = self.index[task]
+        return LowRank(*expand(kind, self.own(kind, task), self.b, self.a, self.ranks[i], (self.d_in, self.d_out)), self.scales[i])
+
+    def weights(self) -> Tensor:
+        """(n,) squared scales: what turns a coefficient's squared size into its update's."""
+        return torch.tensor(self.scales, dtype=torch.float64, device=self.lost.device).square()
+
+    def measure(self, kind: Kind, parts: Parts) -> Tensor:
+        """(n,) squared size of each task's kept update, in float64 (in "flat": of its loadings)."""
+        found = squares(kind, tuple(p.double() for p in parts), self.ranks)
+        return found if kind == "flat" else found * self.weights()
+
+    def joined(self, kind: Kind, task: str, rank: int, scale: float, parts: Parts, energy: float, lost: float) -> Layer:
+        """With one more task, its coefficients held as the others are. The bases stay, but know that more lies along them."""
+        b, a = self.shared_with(kind, parts, 1.0, scale)
+        return dataclasses.replace(
+            self,
+            b=b,
+            a=a,
+            tasks=(*self.tasks, task),
+            ranks=(*self.ranks, rank),
+            scales=(*self.scales, scale),
+            parts=tuple(append(old, new) for old, new in zip(self.parts, parts, strict=True)),
+            energy=torch.cat([self.energy, self.energy.new_tensor([energy])]),
+            lost=torch.cat([self.lost, self.lost.new_tensor([max(lost, 0.0)])]),
+        )
+
+    def shared_with(self, kind: Kind, parts: Parts, sign: float, scale: float) -> tuple[Frame, Frame]:
+        """The frames with a task's share of energy added or given up."""
+        weight = sign * (1.0 if kind == "flat" else scale**2)
+
+        def frame(f: Frame, share: Tensor) -> Frame:
+            share = torch.nn.functional.pad(share, (0, f.k - len(share)))  # a diagonal may be shorter than its basis
+            return dataclasses.replace(f, energy=(f.energy + (weight * share).to(f.energy)).clamp(min=0))
+
+        share_b, share_a = shares(kind, parts)
+        return frame(self.b, share_b), frame(self.a, share_a)
+
+    def without(self, kind: Kind, task: str) -> Layer:
+        """With one task fewer. The bases stay, so that no bit of the others changes; their energies give up the task's share."""
+        i, where = self.index[task], rows(kind, self.ranks, self.index[task])
+        count = self.parts[0].shape[0]
+        rest = torch.tensor([j for j in range(count) if not where.start <= j < where.stop], dtype=torch.long)
+        keep = [j for j in range(len(self.tasks)) if j != i]
+        b, a = self.shared_with(kind, self.own(kind, task), -1.0, self.scales[i])
+        return dataclasses.replace(
+            self,
+            b=b,
+            a=a,
+            tasks=tuple(self.tasks[j] for j in keep),
+            ranks=tuple(self.ranks[j] for j in keep),
+            scales=tuple(self.scales[j] for j in keep),
+            parts=tuple(take(p, rest) for p in self.parts),
+            energy=self.energy[keep],
+            lost=self.lost[keep],
+        )
+
+    def stored(self) -> list[Stored]:
+        """Everything that takes room, for counting bytes."""
+        return [*self.numbers(), self.b.energy, self.a.energy, self.energy, self.lost]
+
+    def numbers(self) -> list[Stored]:
+        """Bases, means and coefficients."""
+        means = [f.mean for f in (self.b, self.a) if f.mean is not None]
+        return [self.b.components, self.a.components, *means, *self.parts]
+
+
+def shares(kind: Kind, parts: Parts) -> tuple[Tensor, Tensor]:
+    """How much of one task lies along each direction: (k_b,), (k_a,)."""
+    if kind == "flat":
+        return parts[0][0].square(), parts[1][0].square()
+    if kind == "diag":
+        return parts[0][0].square(), parts[0][0].square()
+    core = parts[0][0] if kind == "core" else parts[0].T @ parts[1]
+    return core.square().sum(1), core.square().sum(0)
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """A whole subspace between two changes."""
+
+    space: Literal["feature", "flat"]
+    kind: Kind
+    missing: Missing
+    policy: Policy
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    configs: Mapping[str, LoRAConfig] = field(default_factory=dict)  # by task, in the order they came
+    bits: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for layer in self.layers.values() for x in layer.stored())

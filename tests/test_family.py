@@ -1,0 +1,342 @@
+"""What does each method of the family promise beyond the laws: rotations that are rotations, starts that train, corners that agree?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lora_lite as ll
+from lora_lite.variant import Base
+from lora_lite.variants import oft as oft_file
+from tests.models import VARIANTS, Row, attach, normal, randomise, single, tensors_at
+from tests.references import assert_close, assert_differs, reference, same_bits
+
+F64 = torch.float64
+COUNTED = {name: row for name, row in VARIANTS.items() if hasattr(ll.REGISTRY[row.config.variant], "parameters")}
+
+
+def effect(config: ll.AdapterConfig, c: float, d_in: int = 12, d_out: int = 14, std: float = 0.4) -> tuple[Tensor, Tensor, Tensor]:
+    """W, the weight at c, and the bias at c, of a layer with a randomised adapter."""
+    model = single(d_in, d_out, F64)
+    W = model.linear.weight.detach().clone()
+    adapter = randomise(attach(model, Row(config), dtype=F64), std=std)
+    with torch.no_grad(), adapter(model, c=c):
+        bias = model(torch.zeros(1, d_in, dtype=F64))[0]
+        return W, (model(torch.eye(d_in, dtype=F64)) - bias).T, bias
+
+
+# --- counts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_the_declared_number_of_parameters_is_what_is_trained(name: str) -> None:
+    for d_in, d_out in ((10, 14), (24, 32), (32, 9)):
+        cfg = COUNTED[name].config.at("linear", d_in, d_out)
+        variant: Any = ll.REGISTRY[cfg.variant]
+        sizes = dataclasses.asdict(cfg) | {"d_in": d_in, "d_out": d_out}
+        specs = variant.param_specs(d_in, d_out, cfg)
+        assert sum(math.prod(s.shape) for s in specs.values() if s.trainable) == eval(variant.parameters, {"int": int}, sizes)
+
+
+# --- HRA ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [ll.HRAConfig(r=6), ll.HRAGSConfig(r=6)], ids=["product", "gram-schmidt"])
+def test_reflections_keep_lengths_and_have_an_exact_low_rank_form(config: ll.AdapterConfig) -> None:
+    W, turned, _ = effect(config, 1.0)
+    H = torch.linalg.lstsq(W, turned).solution  # W has more rows than columns: H is determined
+    assert_close(H @ H.T, torch.eye(12, dtype=F64), "H H^T", tolerance=1e-9)
+    model = single(12, 14, F64)
+    randomise(attach(model, Row(config), dtype=F64), std=0.4)
+    variant: Any = ll.REGISTRY[config.variant]
+    update = variant.low_rank_given_weight(config, tensors_at(model, "linear"), Base(12, 14, W))
+    assert variant.exact_low_rank == "given weight" and update.r == 6
+    assert_close(W + update.dense(), turned, "W + B A")
+
+
+def test_the_gram_schmidt_form_does_not_ask_for_an_order() -> None:
+    model, x = single(12, 14, F64), normal(5, 12, dtype=F64)
+    for config, least in ((ll.HRAGSConfig(r=4), 0.0), (ll.HRAConfig(r=4), 1e-3)):
+        adapter = randomise(attach(model, Row(config), dtype=F64))
+        before, u = model(x).detach(), tensors_at(model, "linear")["lora_u"]
+        with torch.no_grad():
+            u.copy_(u.flip(1))
+        if least:
+            assert_differs(model(x), before, "a product in the other order")
+        else:
+            assert_close(model(x), before, "the same subspace")
+        adapter.detach()
+
+
+def test_an_odd_number_of_reflections_is_refused_at_the_start_only() -> None:
+    model = single()
+    with pytest.raises(ValueError, match=r"linear: asked for r=3 .* even"):
+        ll.attach(model, ll.HRAConfig(r=3))
+    assert not tensors_at(model, "linear")
+    attach(model, Row(ll.HRAGSConfig(r=3)))
+
+
+def test_pairs_of_reflections_train_from_the_start() -> None:
+    model, x = single(), normal(5, 10)
+    attach(model, Row(ll.HRAConfig(r=4)))
+    model(x).square().sum().backward()
+    grad = tensors_at(model, "linear")["lora_u"].grad
+    assert grad is not None and (grad.norm(dim=0) > 1e-3).all()
+
+
+def test_more_reflections_than_inputs_are_still_right() -> None:
+    model, x = single(6, 5, F64), normal(4, 6, dtype=F64)
+    config = ll.HRAConfig(r=10)
+    randomise(attach(model, Row(config), dtype=F64))
+    want = reference(model.linear.weight, model.linear.bias, tensors_at(model, "linear"), config, x, 1.0)
+    assert_close(model(x), want)
+
+
+# --- OFT and ROAD ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("c", [1.0, -1.5, 0.3])
+def test_an_exact_oft_is_a_rotation_at_every_c_and_minus_c_undoes_it(c: float) -> None:
+    config = ll.OFTConfig(block_size=6)
+    W, turned, _ = effect(config, c)
+    R = torch.linalg.lstsq(W, turned).solution
+    assert_close(R @ R.T, torch.eye(12, dtype=F64), tolerance=1e-9)
+    assert_close(R[:6, 6:], torch.zeros(6, 6, dtype=F64), "other blocks", tolerance=1e-9)
+    _, back, _ = effect(config, -c)
+    assert_close(torch.linalg.lstsq(W, back).solution @ R, torch.eye(12, dtype=F64), "R(-c) R(c)", tolerance=1e-9)
+
+
+def test_the_two_cayley_forms_turn_the_same_way_and_part_at_the_truncated_power() -> None:
+    """terms = 5 drops 2 Q^4 - Q^4 and what follows: halving Q makes the difference 2^4 times smaller."""
+    gaps = []
+    for std in (0.02, 0.01):
+        _, exact, _ = effect(ll.OFTConfig(block_size=6), 1.0, std=std)
+        W, neumann, _ = effect(ll.OFTConfig(block_size=6, cayley="neumann"), 1.0, std=std)
+        gaps.append(float((exact - neumann).norm()))
+        assert gaps[-1] < 1e-2 * float((exact - W).norm())
+    assert 13 < gaps[0] / gaps[1] < 19
+
+
+@pytest.mark.parametrize("cayley", ["exact", "neumann"])
+def test_one_c_for_all_and_the_same_c_per_row_are_one_method(cayley: Any) -> None:
+    """Two roads of the code: a matrix per block, and none at all."""
+    model, x = single(12, 14, F64), normal(3, 5, 12, dtype=F64)
+    adapter = randomise(attach(model, Row(ll.OFTConfig(block_size=6, cayley=cayley)), dtype=F64), std=0.4)
+    (p,) = adapter.parameters()
+    outputs = []
+    for c in (0.7, torch.full((3,), 0.7, dtype=F64), torch.full((3, 5), 0.7, dtype=F64)):
+        seen = x.clone().requires_grad_()
+        with adapter(model, c=c):
+            y = model(seen)
+        outputs.append((y, *torch.autograd.grad(y.square().sum(), [p, seen])))
+    for other in outputs[1:]:
+        for got, want in zip(other, outputs[0], strict=True):
+            assert_close(got, want)
+
+
+def test_a_fresh_oft_with_a_c_per_row_has_finite_gradients() -> None:
+    """Q = 0 has one eigenvalue for all directions, where eigenvectors have no derivative."""
+    model, x = single(12, 14), normal(3, 5, 12)
+    adapter = attach(model, Row(ll.OFTConfig(block_size=6)))
+    (p,) = adapter.parameters()
+    grads = []
+    for c in (torch.tensor([0.5, 1.0, -1.0]), torch.tensor([1.0, 1.0, 1.0]), 1.0):
+        with adapter(model, c=c):
+            grads.append(torch.autograd.grad(model(x).square().sum(), p)[0])
+    assert grads[0].isfinite().all() and grads[0].any()
+    assert_close(grads[1], grads[2])
+
+
+def test_a_c_per_token_forms_no_matrix_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = [0]
+    times = oft_file.times
+
+    def watched(x: Tensor, M: Tensor) -> Tensor:
+        largest[0] = max(largest[0], M.numel())
+        return times(x, M)
+
+    monkeypatch.setattr(oft_file, "times", watched)
+    model, x = single(12, 14), normal(3, 5, 12)
+    for cayley in ("exact", "neumann"):
+        adapter = randomise(attach(model, Row(ll.OFTConfig(block_size=6, cayley=cayley))))  # type: ignore[arg-type]
+        with adapter(model, c=normal(3, 5)):
+            model(x)
+        adapter.detach()
+    assert largest == [2 * 6 * 6], "two blocks of 6 x 6, for 15 tokens"
+
+
+def test_blocks_and_groups_fit_every_layer_by_the_stated_rule() -> None:
+    assert [ll.OFTConfig(block_size=8).at("", d, 9).block_size for d in (64, 10, 12, 21)] == [8, 5, 6, 7]
+    assert [ll.ROADConfig(group_size=64).at("", 9, d).group_size for d in (128, 32, 14, 96, 15, 2)] == [64, 32, 14, 48, 14, 2]
+    with pytest.raises(ValueError, match="13 inputs"):
+        ll.attach(single(13, 4), ll.OFTConfig(block_size=8))
+    with pytest.raises(ValueError, match="one output"):
+        ll.attach(single(4, 1), ll.ROADConfig())
+
+
+@pytest.mark.parametrize("kind", ["road_1", "road_2", "road_4"])
+def test_road_leaves_the_last_of_an_odd_number_of_outputs_alone(kind: Any) -> None:
+    config = ll.ROADConfig(kind=kind, group_size=4)
+    W, turned, bias = effect(config, 1.0, 6, 9)
+    model = single(6, 9, F64)
+    assert_close(turned[-1], W[-1])
+    assert_close(bias[-1], model.linear.bias[-1])
+    x = normal(4, 6, dtype=F64)
+    randomise(attach(model, Row(config), dtype=F64))
+    assert_close(model(x), reference(model.linear.weight, model.linear.bias, tensors_at(model, "linear"), config, x, 1.0))
+
+
+def test_road_1_without_stretch_is_a_rotation_and_minus_c_undoes_it() -> None:
+    model, x = single(6, 8, F64), normal(4, 6, dtype=F64)
+    base = model(x).detach()
+    adapter = attach(model, Row(ll.ROADConfig(group_size=4)), dtype=F64)
+    with torch.no_grad():
+        tensors_at(model, "linear")["lora_theta"].copy_(normal(4, dtype=F64))
+    there = model(x).detach()
+    assert_close(there.norm(dim=1), base.norm(dim=1))
+    assert_differs(there, base)
+    with torch.no_grad(), adapter(model, c=-1.0):
+        back = model(x)
+    assert_close((there + back) / 2, (base.unflatten(1, (2, 2, 2)) * normal(4, dtype=F64).cos().view(2, 1, 2)).flatten(1))
+
+
+def test_a_small_turn_survives_bfloat16() -> None:
+    """a cos t - 1 is computed before the cast: a cos t itself would round to 1 and the update vanish."""
+    cfg, road = ll.ROADConfig(group_size=4), ll.REGISTRY["road"]
+    y = normal(64, 8)
+    p = road.prepare(cfg, {"lora_theta": torch.full((4,), 1e-4), "lora_alpha": torch.full((4,), 1e-3)}, Base(6, 8), 1.0)
+    want = road.delta(cfg, p, y, y, Base(6, 8), 1.0)
+    got = road.delta(cfg, {k: v.bfloat16() for k, v in p.items()}, y.bfloat16(), y.bfloat16(), Base(6, 8), 1.0)
+    assert float((got.float() - want).norm() / want.norm()) < 0.01
+    assert not ((1 + p["own"]).bfloat16() - 1).any(), "cast first, nothing would be left"
+
+
+# --- DeLoRA ------------------------------------------------------------------------------------------------------------
+
+
+def gradients_at_the_start(init: Any) -> dict[str, float]:
+    model, x = single(16, 24, F64), normal(32, 16, dtype=F64)
+    attach(model, Row(ll.DeLoRAConfig(r=4, init=init)), dtype=F64)
+    model(x).square().mean().backward()
+    return {name: float(p.grad.norm()) for name, p in tensors_at(model, "linear").items() if p.grad is not None}
+
+
+def test_deloras_paper_start_trains_every_tensor_and_pefts_only_b() -> None:
+    paper, zeros = gradients_at_the_start("paper"), gradients_at_the_start("zeros")
+    assert min(paper["lora_A"], paper["lora_B"], paper["lora_lambda"]) > 1e-3
+    assert zeros["lora_A"] == zeros["lora_lambda"] == 0.0
+    assert zeros["lora_B"] > 1000 * paper["lora_B"], "B is divided by the floor of its norm"
+
+
+def test_the_first_step_from_pefts_start_jumps_to_the_bound() -> None:
+    moved = {}
+    for init in ("paper", "zeros"):
+        model, x = single(16, 24, F64), normal(32, 16, dtype=F64)
+        adapter = attach(model, Row(ll.DeLoRAConfig(r=4, init=init, strength=1.0)), dtype=F64)  # type: ignore[arg-type]
+        base = model(x).detach()
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-3)
+        (model(x) - normal(32, 24, seed=1, dtype=F64)).square().mean().backward()
+        optimizer.step()
+        moved[init] = float((model(x).detach() - base).norm() / base.norm())
+    assert moved["zeros"] > 10 * moved["paper"]
+
+
+def test_deloras_update_is_bounded_by_lambda_and_the_columns_of_w() -> None:
+    W, tuned, _ = effect(ll.DeLoRAConfig(r=4, init="zeros", strength=2.0), 1.0, std=3.0)
+    model = single(12, 14, F64)
+    randomise(attach(model, Row(ll.DeLoRAConfig(r=4, init="zeros", strength=2.0)), dtype=F64), std=3.0)
+    bound = float(tensors_at(model, "linear")["lora_lambda"].detach().abs())
+    change = (tuned - W) / W.norm(dim=0)
+    assert 0 < float(change.norm()) <= bound * (1 + 1e-12)
+
+
+# --- the others --------------------------------------------------------------------------------------------------------
+
+
+def test_hira_writes_no_entry_that_w_does_not_have() -> None:
+    model, x = single(dtype=F64), normal(4, 10, dtype=F64)
+    with torch.no_grad():
+        model.linear.weight[:, 3] = 0.0
+    adapter = randomise(attach(model, Row(ll.HiRAConfig(r=4)), dtype=F64))
+    with torch.no_grad(), adapter.merged():
+        assert not model.linear.weight[:, 3].any() and model.linear.weight.count_nonzero() == 9 * 14
+    assert_differs(model(x), model.linear.forward(x))
+
+
+def test_misss_last_block_may_be_short() -> None:
+    W, tuned, _ = effect(ll.MiSSConfig(r=5), 1.0)
+    change = (tuned - W).T
+    assert_close(change[:5], change[5:10])
+    assert_close(change[:2], change[10:])
+    assert ll.MiSSConfig(r=64).at("", 12, 14).r == 12
+
+
+def test_lora_xs_starts_where_the_paper_does_and_stays_in_ws_top_directions() -> None:
+    config = ll.LoRAXSConfig(r=3, alpha=3.0)
+    model = single(12, 14, F64)
+    attach(model, Row(config), dtype=F64)
+    R = tensors_at(model, "linear")["lora_R"].detach()
+    assert R.shape == (3, 3) and 0 < float(R.abs().max()) < 5e-5
+    W, tuned, _ = effect(config, 1.0)
+    U, _, Vh = torch.linalg.svd(W)
+    assert_close(U[:, :3].T @ (tuned - W) @ Vh[3:].T, torch.zeros(3, 9, dtype=F64))
+    assert_close(U[:, 3:].T @ (tuned - W), torch.zeros(11, 12, dtype=F64))
+    still, x = single(), normal(4, 10)
+    base = still(x)
+    attach(still, Row(dataclasses.replace(config, std=0.0)))
+    assert same_bits(still(x), base), "R = 0 is the base"
+
+
+def test_vera_layers_hold_corners_of_one_pair_whatever_else_is_there() -> None:
+    held = {}
+    for d_in, d_out in ((10, 14), (24, 32), (7, 40)):
+        model = single(d_in, d_out)
+        attach(model, Row(ll.VeRAConfig(r=6, projection_seed=5)), seed=d_in)
+        held[d_in, d_out] = tensors_at(model, "linear")
+    for (d_in, d_out), t in held.items():
+        for (other_in, other_out), o in held.items():
+            n, m = min(d_in, other_in), min(d_out, other_out)
+            assert_close(t["lora_A"][:, :n] * d_in**0.5, o["lora_A"][:, :n] * other_in**0.5, "one A, scaled by the layer's width")
+            assert same_bits(t["lora_B"][:m], o["lora_B"][:m])
+    model = single(10, 14)
+    attach(model, Row(ll.VeRAConfig(r=6, projection_seed=6)))
+    assert_differs(tensors_at(model, "linear")["lora_A"], held[10, 14]["lora_A"], "another seed")
+
+
+def test_veras_projections_have_the_variance_of_kaiming() -> None:
+    specs = ll.REGISTRY["vera"].param_specs(600, 400, ll.VeRAConfig(r=100))
+    A, B = (specs[key].init(specs[key].shape, None) for key in ("lora_A", "lora_B"))
+    assert float(A.var()) == pytest.approx(2 / 600, rel=0.02) and float(B.var()) == pytest.approx(2 / 100, rel=0.02)
+    assert abs(float(torch.corrcoef(torch.stack([A[:, :400].T.flatten(), B.flatten()]))[0, 1])) < 0.02, "A and B are not the same numbers"
+
+
+# --- configs -----------------------------------------------------------------------------------------------------------
+
+BAD: list[tuple[type[ll.AdapterConfig], dict[str, Any], str]] = [
+    (ll.HRAConfig, {"r": 0}, "r must be a positive whole number, got 0"),
+    (ll.MiSSConfig, {"rank_pattern": {"q_proj": 1.5}}, r"rank_pattern\['q_proj'\] must be"),
+    (ll.HiRAConfig, {"dropout": 1.0}, "dropout"),
+    (ll.ROADConfig, {"kind": "road_3"}, "road_4"),
+    (ll.ROADConfig, {"group_size": 7}, "even"),
+    (ll.OFTConfig, {"cayley": "taylor"}, "neumann"),
+    (ll.OFTConfig, {"block_size": 1}, "block_size must be a whole number from 2"),
+    (ll.OFTConfig, {"terms": 2}, "terms"),
+    (ll.DeLoRAConfig, {"init": "random"}, "paper"),
+    (ll.DeLoRAConfig, {"strength": math.nan}, "strength"),
+    (ll.LoRAXSConfig, {"std": -1.0}, "std"),
+    (ll.VeRAConfig, {"projection_seed": -1}, "projection_seed"),
+]
+
+
+@pytest.mark.parametrize(("config", "fields", "says"), BAD, ids=[f"{c.variant}-{next(iter(f))}" for c, f, _ in BAD])
+def test_what_cannot_be_meant_is_refused_when_the_config_is_made(config: Any, fields: dict[str, Any], says: str) -> None:
+    cfg = config()
+    for name, value in fields.items():  # past the tests' own type check, which users do not have
+        object.__setattr__(cfg, name, value)
+    with pytest.raises(ValueError, match=says):
+        cfg.__post_init__()

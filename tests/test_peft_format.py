@@ -1,0 +1,769 @@
+"""Does a PEFT folder do here what it does in PEFT, and ours there what it does here, and is everything else refused in words?"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import lora_lite as ll
+from lora_lite.peft_format import folder as folder_module
+from lora_lite.peft_format import methods
+from tests.models import Row as ModelRow
+from tests.models import attach, bert, generator, llama, randomise, token_ids
+from tests.references import assert_close, assert_differs, same_bits
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+]
+
+EQUAL = 1e-6  # of the largest logit, in float32
+NAMES = ["q_proj", "k_proj", "v_proj", "down_proj"]
+TARGETS = tuple(rf"\.{name}$" for name in NAMES)
+LAYER_1 = r"layers\.1\..*"
+PATTERNS: dict[str, Any] = {"rank_pattern": {"k_proj": 3, LAYER_1: 6}, "alpha_pattern": {LAYER_1: 5.0, "v_proj": 2.0}}
+IDS = token_ids(2, 9)
+DOSES = (-1.0, 0.5, 1.0)
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+class Case(NamedTuple):
+    """One of our configs. `folds`: whether PEFT's own form can say a c. `exact`: whether its tensors come back bit for bit."""
+
+    config: ll.AdapterConfig
+    folds: bool = True
+    exact: bool = True
+
+
+CASES = {
+    "lora": Case(ll.LoRAConfig(r=4, alpha=6.0, targets=TARGETS)),
+    "patterns": Case(ll.LoRAConfig(r=4, alpha=6.0, targets=TARGETS, **PATTERNS)),
+    "rslora": Case(ll.LoRAConfig(r=4, alpha=3.0, rslora=True, targets=TARGETS, **PATTERNS)),
+    "dora": Case(ll.DoRAConfig(r=4, alpha=6.0, targets=TARGETS), exact=False),
+    "ia3": Case(ll.IA3Config(targets=TARGETS), exact=False),
+    "ia3_ff": Case(ll.IA3FFConfig(targets=TARGETS), exact=False),
+    "hra": Case(ll.HRAConfig(r=4, targets=TARGETS), folds=False),
+    "hra_gs": Case(ll.HRAGSConfig(r=4, targets=TARGETS), folds=False),
+    "oft": Case(ll.OFTConfig(block_size=8, targets=TARGETS)),
+    "oft_neumann": Case(ll.OFTConfig(block_size=8, cayley="neumann", targets=TARGETS)),
+    "road_1": Case(ll.ROADConfig(group_size=8, targets=TARGETS), exact=False),
+    "road_4": Case(ll.ROADConfig(kind="road_4", group_size=8, targets=TARGETS), exact=False),
+    "delora": Case(ll.DeLoRAConfig(r=4, init="zeros", targets=TARGETS, rank_pattern={"k_proj": 3})),
+    "hira": Case(ll.HiRAConfig(r=4, targets=TARGETS)),
+    "miss": Case(ll.MiSSConfig(r=4, targets=TARGETS)),
+    "vera": Case(ll.VeRAConfig(r=4, targets=TARGETS), exact=False),
+}
+LOW_RANK = {
+    "pissa": ll.PiSSAConfig(r=4, alpha=6.0, targets=TARGETS),
+    "pissa_spectrum": ll.PiSSAConfig(r=4, train="spectrum", targets=TARGETS),
+    "lora": CASES["patterns"].config,
+    "rslora": CASES["rslora"].config,
+    "delora_paper": ll.DeLoRAConfig(r=4, targets=TARGETS),
+    "miss": CASES["miss"].config,
+    "vera": CASES["vera"].config,
+    "hra": CASES["hra"].config,
+    "hra_gs": CASES["hra_gs"].config,
+}
+
+
+@lru_cache
+def base() -> Any:
+    return llama()
+
+
+def fresh() -> Any:
+    return copy.deepcopy(base())
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(input_ids=IDS).logits
+
+
+def in_peft(folder: Path, model: Any = None) -> Tensor:
+    return logits(PeftModel.from_pretrained(fresh() if model is None else copy.deepcopy(model), folder).eval())
+
+
+def made(config: ll.AdapterConfig, std: float = 0.1, **keywords: Any) -> tuple[Any, ll.Adapter]:
+    model = fresh()
+    return model, randomise(attach(model, ModelRow(config), **keywords), std=std)
+
+
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+    save_file({k: v.contiguous() for k, v in change(load_file(folder / TENSORS)).items()}, folder / TENSORS, {"format": "pt"})
+
+
+# -- ours there -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("c", DOSES)
+@pytest.mark.parametrize("name", CASES)
+def test_peft_does_what_ours_does(name: str, c: float, tmp_path: Path) -> None:
+    config, folds, _ = CASES[name]
+    model, adapter = made(config)
+    if folds or c == 1.0:
+        lost = ll.to_peft(adapter, tmp_path / "new" / "folder", c=c)
+        kind = json.loads((tmp_path / "new" / "folder" / CONFIG).read_text())["peft_type"]
+        assert kind == next(m.peft_type for m in methods.METHODS if m.variant == config.variant)
+    else:
+        with pytest.raises(ValueError, match="as_lora=True"):
+            ll.to_peft(adapter, tmp_path / "new" / "folder", c=c)
+        lost = ll.to_peft(adapter, tmp_path / "new" / "folder", c=c, as_lora=True)
+    assert lost == dict.fromkeys(adapter.targets, 0.0)
+    with adapter(model, c=c):
+        want = logits(model)
+    assert_differs(want, logits(base()), "the adapter's effect", least=2e-3)
+    assert_close(in_peft(tmp_path / "new" / "folder"), want, "PEFT's logits", EQUAL)
+
+
+@pytest.mark.parametrize("c", DOSES)
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_one_plain_lora_does_the_same(name: str, c: float, tmp_path: Path) -> None:
+    model, adapter = made(LOW_RANK[name])
+    assert set(ll.to_peft(adapter, tmp_path, c=c, as_lora=True).values()) == {0.0}
+    config, tensors = json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / TENSORS)
+    assert config["lora_alpha"] == config["r"] and not config["rank_pattern"] and not config["alpha_pattern"]
+    assert not config["use_rslora"] and not config["use_dora"] and config["bias"] == "none" and config["modules_to_save"] is None
+    assert {v.shape[0] if "lora_A" in k else v.shape[1] for k, v in tensors.items()} == {config["r"]}
+    with adapter(model, c=c):
+        assert_close(in_peft(tmp_path), logits(model), "PEFT's logits", EQUAL)
+
+
+def test_pissa_is_a_plain_lora_of_twice_the_rank(tmp_path: Path) -> None:
+    model, adapter = made(LOW_RANK["pissa"])
+    ll.to_peft(adapter, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["r"] == 8
+    assert_close(in_peft(tmp_path), logits(model), "PEFT's logits", EQUAL)
+
+
+def test_a_detached_adapter_needs_no_model(tmp_path: Path) -> None:
+    model, adapter = made(CASES["patterns"].config)
+    want = logits(model)
+    adapter.detach()
+    ll.to_peft(adapter, tmp_path)
+    assert_close(in_peft(tmp_path), want, "PEFT's logits", EQUAL)
+
+
+def test_what_needs_the_weight_says_so(tmp_path: Path) -> None:
+    _, adapter = made(CASES["dora"].config)
+    adapter.merge()
+    with pytest.raises(RuntimeError, match="attach the adapter first, unmerged"):
+        ll.to_peft(adapter, tmp_path / "x")
+    adapter.detach()
+    with pytest.raises(RuntimeError, match="attach the adapter first"):
+        ll.to_peft(adapter, tmp_path / "x")
+    with pytest.raises(RuntimeError, match=r"attach 'default' first"):
+        ll.to_peft(adapter, tmp_path / "x", as_lora=True, approximate=True)
+    assert not list(tmp_path.iterdir())
+
+
+# -- theirs here ------------------------------------------------------------------------------------------------------------
+
+
+def lora(**more: Any) -> Callable[[], Any]:
+    return lambda: peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": NAMES, **more})
+
+
+THEIRS: dict[str, Callable[[], Any]] = {
+    "lora": lora(),
+    "patterns": lora(**PATTERNS),
+    "rslora": lora(use_rslora=True, **PATTERNS),
+    "dora": lora(use_dora=True, rank_pattern={"k_proj": 3}),
+    "dropout": lora(lora_dropout=0.3),
+    "regex": lora(target_modules=r".*layers\.1\..*(q|v)_proj"),
+    "all-linear": lora(target_modules="all-linear"),
+    "layers": lora(layers_to_transform=[1]),
+    "one layer": lora(layers_to_transform=0, layers_pattern="layers"),
+    "excluded": lora(exclude_modules=["layers.0.self_attn.q_proj"]),
+    "the head": lora(target_modules=["lm_head", "q_proj"]),
+    "gaussian": lora(init_lora_weights="gaussian"),
+    "pissa": lora(init_lora_weights="pissa"),
+    "ia3 outputs": lambda: peft.IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[]),
+    "ia3 inputs": lambda: peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+    "hra": lambda: peft.HRAConfig(r=4, target_modules=NAMES),
+    "hra_gs": lambda: peft.HRAConfig(r=4, target_modules=NAMES, apply_GS=True),
+    "oft": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=NAMES),
+    "oft_exact": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=NAMES, use_cayley_neumann=False),
+    "road": lambda: peft.RoadConfig(variant="road_2", group_size=8, target_modules=NAMES),
+    "delora": lambda: peft.DeloraConfig(r=4, target_modules=NAMES, rank_pattern={"k_proj": 3}),
+    "hira": lambda: peft.HiraConfig(r=4, target_modules=NAMES),
+    "miss": lambda: peft.MissConfig(r=8, target_modules=NAMES),
+    "vera": lambda: peft.VeraConfig(r=8, target_modules=NAMES),
+}
+DEVIATIONS = ("dora", "ia3 outputs", "ia3 inputs", "road")  # stored here as the distance from PEFT's start
+
+
+def trained(config: Any, folder: Path, model: Any = None, std: float = 0.05) -> Tensor:
+    """PEFT's own save_pretrained of an adapter whose trainable tensors were moved at random; its logits."""
+    there = get_peft_model(fresh() if model is None else copy.deepcopy(model), config).eval()
+    draw = generator(3)
+    with torch.no_grad():
+        for _, p in sorted(there.named_parameters()):
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=draw, dtype=torch.float64).to(p.dtype) * std)
+    there.save_pretrained(folder)
+    return logits(there)
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_folder_of_pefts_does_here_what_it_does_there(name: str, tmp_path: Path) -> None:
+    std = 0.5 if name == "hra_gs" else 0.05  # equal pairs of columns, hardly moved, leave Gram-Schmidt only rounding to go by
+    want = trained(THEIRS[name](), tmp_path, std=std)
+    model = fresh()
+    adapter = ll.from_peft(model, tmp_path)
+    assert_differs(want, logits(base()), "the adapter's effect")
+    assert_close(logits(model), want, "logits", EQUAL)
+    assert [t.name for t in ll.find_targets(base(), adapter.config)] == adapter.targets  # its config means those layers
+    model_2 = fresh()
+    adapter.detach()
+    assert_close(logits(ll.attach(model_2, adapter).model), want, "put back", EQUAL)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [n for n in THEIRS if n != "pissa"])
+def test_theirs_there_and_back_is_bitwise(name: str, tmp_path: Path) -> None:
+    trained(THEIRS[name](), tmp_path / "theirs")
+    adapter = ll.from_peft(fresh(), tmp_path / "theirs")
+    ll.to_peft(adapter, tmp_path / "back")
+    want, got = load_file(tmp_path / "theirs" / TENSORS), load_file(tmp_path / "back" / TENSORS)
+    want = {k: v for k, v in want.items() if ".base_layer." not in k}  # the head's own weight, which PEFT adds
+    assert got.keys() == want.keys()
+    for key, v in want.items():
+        if name in DEVIATIONS and "lora_A" not in key and "lora_B" not in key:
+            assert_close(got[key], v, key, torch.finfo(v.dtype).eps)
+        else:
+            assert same_bits(got[key], v), key
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ours_there_and_back_is_bitwise(name: str, tmp_path: Path) -> None:
+    config, _, exact = CASES[name]
+    model, adapter = made(config)
+    ll.to_peft(adapter, tmp_path)
+    model_2 = fresh()
+    back = ll.from_peft(model_2, tmp_path)
+    assert back.variant is adapter.variant and back.targets == adapter.targets
+    mine, theirs = adapter.state_dict(), back.state_dict()
+    assert mine.keys() == theirs.keys()
+    for key, v in mine.items():
+        if exact or (name == "dora" and not key.endswith("lora_m")):
+            assert same_bits(theirs[key], v), key
+        elif name != "vera":  # whose frozen A takes the scale of the widest layer
+            assert_close(theirs[key], v, key, 3e-7)
+    assert_close(logits(model_2), logits(model), "logits", EQUAL)
+    same = ("targets", "exclude", "projection_seed")
+    assert {k: v for k, v in back.config.to_dict().items() if k not in same} == {
+        k: v for k, v in adapter.config.to_dict().items() if k not in same
+    }
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")
+def test_pefts_converted_pissa_is_a_plain_lora(tmp_path: Path) -> None:
+    there = get_peft_model(fresh(), lora(init_lora_weights="pissa")()).eval()
+    there.peft_config["default"].init_lora_weights = True  # type: ignore[union-attr]
+    there.save_pretrained(tmp_path / "start")
+    there.peft_config["default"].init_lora_weights = "pissa"
+    draw = generator(4)
+    with torch.no_grad():
+        for _, p in sorted(there.named_parameters()):
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=draw) * 0.05)
+    there.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    model = fresh()
+    adapter = ll.from_peft(model, tmp_path / "end")
+    assert adapter.variant.name == "lora" and adapter.config.r == 8  # type: ignore[attr-defined]
+    assert_close(logits(model), logits(there), "logits", 3e-6)  # PEFT's own error against its residual base
+
+
+def test_an_ia3_folder_of_both_kinds_is_two_adapters(tmp_path: Path) -> None:
+    want = trained(peft.IA3Config(target_modules=NAMES, feedforward_modules=["down_proj"]), tmp_path)
+    model = fresh()
+    with pytest.raises(ll.CheckpointError, match=r"two adapters here.*part='ia3' \(6 layers\) and part='ia3_ff' \(2 layers\)"):
+        ll.from_peft(model, tmp_path)
+    ll.from_peft(model, tmp_path, name="outputs", part="ia3")
+    ll.from_peft(model, tmp_path, name="inputs", part="ia3_ff")
+    assert_close(logits(model), want, "logits", EQUAL)
+    with pytest.raises(ll.CheckpointError, match="no part 'lora'"):
+        ll.from_peft(fresh(), tmp_path, part="lora")
+
+
+@lru_cache
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=128, n_positions=32, attn_implementation="eager")
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator(p.numel())) * 0.05)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_gpt2s_conv1d(dora: bool, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, use_dora=dora)
+    want = trained(config, tmp_path / "theirs", gpt2())
+    model = copy.deepcopy(gpt2())
+    adapter = ll.from_peft(model, tmp_path / "theirs")
+    assert_differs(want, logits(gpt2()), "the adapter's effect")
+    assert_close(logits(model), want, "logits", EQUAL)
+    ll.to_peft(adapter, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / CONFIG).read_text())["fan_in_fan_out"] is True
+    assert_close(in_peft(tmp_path / "ours", gpt2()), want, "back in PEFT", EQUAL)
+
+
+@lru_cache
+def classifier() -> Any:
+    return bert()
+
+
+def test_modules_to_save_are_trained_also(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["query", "value"], modules_to_save=["classifier"], task_type="SEQ_CLS")
+    want = trained(config, tmp_path / "theirs", classifier())
+    model = copy.deepcopy(classifier())
+    adapter = ll.from_peft(model, tmp_path / "theirs")
+    assert sorted(adapter.also()) == ["classifier.bias", "classifier.weight"]
+    assert_close(logits(model), want, "logits", EQUAL)
+    ll.to_peft(adapter, tmp_path / "ours", c=0.5)
+    there = PeftModel.from_pretrained(copy.deepcopy(classifier()), tmp_path / "ours").eval()
+    with adapter(model, c=0.5):
+        assert_close(logits(there), logits(model), "PEFT's logits", EQUAL)
+    adapter.detach()
+    assert same_bits(logits(model), logits(classifier()))
+
+
+def test_what_peft_cannot_save_beside_is_refused(tmp_path: Path) -> None:
+    _, adapter = made(CASES["lora"].config, train_also=r"layers\.0\.mlp\.down_proj\.bias")
+    with pytest.raises(ll.CheckpointError, match=r"modules_to_save cannot hold model\.layers\.0\.mlp\.down_proj\.bias"):
+        ll.to_peft(adapter, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def infix(key: str) -> str:
+    return key.replace(".weight", ".default.weight") if key.endswith(".weight") else f"{key}.default"
+
+
+RENAMINGS: dict[str, Callable[[str], str]] = {
+    "the adapter's name": infix,
+    "no prefix": lambda key: key.removeprefix("base_model.model."),
+    "a wrapper's": lambda key: f"module.{key}",
+    "both": lambda key: infix(key).removeprefix("base_model.model."),
+}
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3 outputs", "road"])
+@pytest.mark.parametrize("how", RENAMINGS)
+def test_keys_may_be_written_in_several_ways(name: str, how: str, tmp_path: Path) -> None:
+    want = trained(THEIRS[name](), tmp_path)
+    rewrite(tmp_path, lambda tensors: {RENAMINGS[how](k): v for k, v in tensors.items()})
+    model = fresh()
+    ll.from_peft(model, tmp_path)
+    assert_close(logits(model), want, "logits", EQUAL)
+
+
+def test_a_minimal_config_means_what_peft_takes_it_for(tmp_path: Path) -> None:
+    trained(lora(r=8, lora_alpha=8)(), tmp_path)
+    (tmp_path / CONFIG).write_text(json.dumps({"peft_type": "LORA", "target_modules": NAMES}))
+    model = fresh()
+    ll.from_peft(model, tmp_path)
+    assert_close(logits(model), in_peft(tmp_path), "logits", EQUAL)
+
+
+def test_sixteen_bits_become_thirty_two(tmp_path: Path) -> None:
+    trained(lora()(), tmp_path)
+    rewrite(tmp_path, lambda tensors: {k: v.bfloat16() for k, v in tensors.items()})
+    model = fresh()
+    adapter = ll.from_peft(model, tmp_path)
+    assert adapter.config.dtype is torch.float32 and {v.dtype for v in adapter.state_dict().values()} == {torch.float32}
+    assert_close(logits(model), in_peft(tmp_path), "logits", EQUAL)
+
+
+# -- mistakes that must show --------------------------------------------------------------------------------------------------
+
+
+MISTAKES: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "alpha dropped": ("lora", lambda folder: edit(folder, lora_alpha=8)),
+    "alpha's pattern dropped": ("patterns", lambda folder: edit(folder, alpha_pattern={})),
+    "the root dropped": ("rslora", lambda folder: edit(folder, use_rslora=False)),
+    "gates around zero": ("ia3", lambda folder: rewrite(folder, lambda tensors: {k: v - 1 for k, v in tensors.items()})),
+    "magnitudes around zero": (
+        "dora",
+        lambda folder: rewrite(folder, lambda tensors: {k: v - 1 if "magnitude" in k else v for k, v in tensors.items()}),
+    ),
+    "the rotation's sign": ("oft", lambda folder: rewrite(folder, lambda tensors: {k: -v for k, v in tensors.items()})),
+    "lambda dropped": (
+        "delora",
+        lambda folder: rewrite(folder, lambda tensors: {k: v / v if "lambda" in k else v for k, v in tensors.items()}),
+    ),
+    "the scale of VeRA's A": (
+        "vera",
+        lambda folder: rewrite(folder, lambda tensors: {k: v * 2 if "vera_A" in k else v for k, v in tensors.items()}),
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_does_not_pass(mistake: str, tmp_path: Path) -> None:
+    name, spoil = MISTAKES[mistake]
+    model, adapter = made(CASES[name].config)
+    ll.to_peft(adapter, tmp_path)
+    assert_close(in_peft(tmp_path), logits(model), "before the mistake", EQUAL)
+    spoil(tmp_path)
+    assert_differs(in_peft(tmp_path), logits(model), mistake)
+    model_2 = fresh()
+    ll.from_peft(model_2, tmp_path)
+    assert_close(logits(model_2), in_peft(tmp_path), "and both read the same mistake", EQUAL)
+
+
+# -- what cannot be said ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_low_rank_update_is_approximated_on_request_only(tmp_path: Path) -> None:
+    _, adapter = made(CASES["ia3"].config)
+    with pytest.raises(ValueError, match=r"'ia3' is no low-rank update.*approximate=True"):
+        ll.to_peft(adapter, tmp_path / "x", as_lora=True)
+    assert not (tmp_path / "x").exists()
+    lost = ll.to_peft(adapter, tmp_path / "x", c=0.5, as_lora=True, approximate=True, r=5)
+    tensors = load_file(tmp_path / "x" / TENSORS)
+    for target, error in lost.items():
+        layer, gate = base().get_submodule(target), 0.5 * adapter.state_dict()[f"{target}.lora_l"].double()
+        layer.requires_grad_(False)
+        whole = torch.cat([layer.weight * gate[:, None], (layer.bias * gate)[:, None]], dim=1).double()
+        key = f"base_model.model.{target}"
+        said = tensors[f"{key}.lora_B.weight"].double() @ tensors[f"{key}.lora_A.weight"].double()
+        gap = whole - torch.nn.functional.pad(said, (0, 1))
+        assert 0.1 < error < 1 and abs(error - float(gap.norm() / whole.norm())) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["dora", "oft", "hira", "ia3_ff"])
+def test_an_approximation_of_full_rank_is_exact(name: str, tmp_path: Path) -> None:
+    model, adapter = made(CASES[name].config)
+    lost = ll.to_peft(adapter, tmp_path, c=-1.0, as_lora=True, approximate=True, r=64)
+    assert max(lost.values()) < 1e-6
+    with adapter(model, c=-1.0):
+        assert_close(in_peft(tmp_path), logits(model), "PEFT's logits", 1e-5)
+
+
+def test_a_rank_that_is_too_low_is_an_approximation(tmp_path: Path) -> None:
+    _, adapter = made(LOW_RANK["pissa"])
+    with pytest.raises(ValueError, match=r"asked for r=3; 8 layers have more, as .* with 8: approximate=True"):
+        ll.to_peft(adapter, tmp_path, as_lora=True, r=3)
+    lost = ll.to_peft(adapter, tmp_path, as_lora=True, r=3, approximate=True)
+    tensors = load_file(tmp_path / TENSORS)
+    for target, update in adapter.factors().items():
+        key = f"base_model.model.{target}"
+        gap = update.dense() - tensors[f"{key}.lora_B.weight"] @ tensors[f"{key}.lora_A.weight"]
+        assert abs(lost[target] - float((gap.norm() / update.dense().norm()).detach())) < 1e-5
+    assert set(ll.to_peft(adapter, tmp_path, as_lora=True, r=11).values()) == {0.0}  # and a higher one is padded
+    assert json.loads((tmp_path / CONFIG).read_text())["r"] == 11
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"peft_version": None}, "before 0.18"),
+        ({"r": 4}, "r=4"),
+        ({"coft": True}, "coft=True"),
+        ({"block_share": True}, "block_share=True"),
+    ],
+)
+def test_other_rotations_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    trained(THEIRS["oft"](), tmp_path)
+    ll.from_peft(fresh(), tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(ll.CheckpointError, match=words):
+        ll.from_peft(fresh(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["bat", "mini"])
+def test_other_blocks_are_refused(kind: str, tmp_path: Path) -> None:
+    trained(THEIRS["miss"](), tmp_path)
+    edit(tmp_path, init_weights=kind)
+    with pytest.raises(ll.CheckpointError, match=f"init_weights='{kind}' is another method"):
+        ll.from_peft(fresh(), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not save vera_A:UserWarning")
+def test_vera_without_its_projections_is_refused(tmp_path: Path) -> None:
+    trained(peft.VeraConfig(r=8, target_modules=NAMES, save_projection=False), tmp_path)
+    with pytest.raises(ll.CheckpointError, match="save_projection=False"):
+        ll.from_peft(fresh(), tmp_path)
+    edit(tmp_path, save_projection=True)
+    with pytest.raises(ll.CheckpointError, match=r"missing: .*vera_A"):
+        ll.from_peft(fresh(), tmp_path)
+
+
+UNSAYABLE: dict[str, tuple[ll.AdapterConfig, str]] = {
+    "a rank per layer": (ll.HRAConfig(r=4, rank_pattern={"q_proj": 2}, targets=TARGETS), "HRA has one r for all layers, 4 here, and"),
+    "blocks that differ": (ll.OFTConfig(block_size=24, targets=TARGETS), "OFT has one block_size for all layers"),
+    "groups that differ": (ll.ROADConfig(group_size=64, targets=TARGETS), "ROAD has one group_size for all layers"),
+    "the paper's start": (ll.DeLoRAConfig(r=4, targets=TARGETS), "DELORA cannot say init='paper'"),
+}
+
+
+@pytest.mark.parametrize("what", UNSAYABLE)
+def test_what_peft_has_no_words_for_is_refused_by_name(what: str, tmp_path: Path) -> None:
+    config, words = UNSAYABLE[what]
+    _, adapter = made(config)
+    with pytest.raises(ValueError, match=words):
+        ll.to_peft(adapter, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_that_vanishes_at_c_is_refused(tmp_path: Path) -> None:
+    _, adapter = made(ll.DoRAConfig(r=4, targets=TARGETS))
+    with torch.no_grad():
+        for fields in adapter.tensors().values():
+            fields["lora_B"].zero_()
+            fields["lora_m"].zero_()
+    name, fields = next(iter(adapter.tensors().items()))
+    with torch.no_grad():
+        fields["lora_m"][3] = float(base().get_submodule(name).weight[3].norm())  # g = 2, which c = -1 takes to nothing
+    ll.to_peft(adapter, tmp_path / "x", c=-0.9)
+    with pytest.raises(ValueError, match=r"at c=-1.0 a row of the base vanishes"):
+        ll.to_peft(adapter, tmp_path / "y", c=-1.0)
+
+
+@pytest.mark.parametrize("c", [float("nan"), float("inf"), True, torch.tensor([1.0, 2.0]), "1"])
+def test_c_is_one_finite_number(c: Any, tmp_path: Path) -> None:
+    _, adapter = made(CASES["lora"].config)
+    with pytest.raises((TypeError, ValueError)):
+        ll.to_peft(adapter, tmp_path / "x", c=c)
+    assert not list(tmp_path.iterdir())
+
+
+# -- foreign, broken and hostile folders ----------------------------------------------------------------------------------------
+
+
+FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def cut_short(folder: Path) -> None:
+    whole = (folder / TENSORS).read_bytes()
+    (folder / TENSORS).write_bytes(whole[: len(whole) * 2 // 3])
+
+
+def without(*keys: str) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder, lambda tensors: {k: v for k, v in tensors.items() if k not in keys})
+
+
+def adding(key: str, value: Tensor) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder, lambda tensors: {**tensors, key: value})
+
+
+def saying(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, **changes)
+
+
+def writing(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None  # type: ignore[func-returns-value]
+
+
+SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "cut short": (cut_short, "damaged or cut short"),
+    "no tensors": (lambda folder: (folder / TENSORS).unlink(), "lacks adapter_model.safetensors"),
+    "no config": (lambda folder: (folder / CONFIG).unlink(), "lacks adapter_config.json"),
+    "a pickle": (lambda folder: (folder / TENSORS).rename(folder / "adapter_model.bin"), "is a pickle, which can run code"),
+    "config not JSON": (writing(CONFIG, "{"), "not the JSON object"),
+    "config a list": (writing(CONFIG, "[]"), "not the JSON object"),
+    "config twice": (writing(CONFIG, '{"r": 4, "r": 5}'), "repeated: r"),
+    "config nested": (writing(CONFIG, "[" * 100_000), "not the JSON object"),
+    "config not text": (lambda folder: (folder / CONFIG).write_bytes(b"\xff\xfe{"), "is not text"),
+    "tensors are text": (writing(TENSORS, "<html>"), "web page"),
+    "a layer missing": (
+        without(f"{FIRST}.lora_A.weight", f"{FIRST}.lora_B.weight"),
+        r"missing: its config names these layers.*0\.self_attn",
+    ),
+    "a tensor missing": (without(f"{FIRST}.lora_B.weight"), r"1 key missing: model\.layers\.0\.self_attn\.q_proj\.lora_B\.weight"),
+    "an unknown key": (adding(f"{FIRST}.lora_C.weight", torch.zeros(2)), r"without a home: .*lora_C\.weight"),
+    "a bias": (adding(f"{FIRST}.lora_B.bias", torch.zeros(64)), r"without a home: .*lora_B\.bias"),
+    "an embedding": (adding("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 128)), "without a home"),
+    "another model's layer": (adding("base_model.model.h.0.q.lora_A.weight", torch.zeros(4, 64)), "of no linear layer"),
+    "a layer nobody named": (
+        lambda folder: rewrite(folder, lambda t: t | {k.replace("q_proj", "o_proj"): v.clone() for k, v in t.items() if "q_proj" in k}),
+        "unexpected: the file has these layers",
+    ),
+    "one tensor twice": (adding(f"{FIRST}.lora_A.default.weight", torch.zeros(4, 64)), "that mean one tensor"),
+    "another shape": (
+        lambda folder: rewrite(folder, lambda tensors: {k: v[:2] if "lora_A" in k else v for k, v in tensors.items()}),
+        r"of another shape: .*lora_A\.weight \(2, 64\), expected \(4, 64\)",
+    ),
+    "NaN": (
+        lambda folder: rewrite(folder, lambda tensors: {k: v * float("nan") if k.startswith(FIRST) else v for k, v in tensors.items()}),
+        "holding NaN",
+    ),
+    "whole numbers": (lambda folder: rewrite(folder, lambda tensors: {k: v.long() for k, v in tensors.items()}), "no floats"),
+    "an unknown method": (saying(peft_type="LOHA"), r"peft_type 'LOHA'; read are .*LORA"),
+    "no method": (saying(peft_type=None), "peft_type None"),
+    "a strange method": (saying(peft_type=["LORA"]), "peft_type"),
+    "lora_bias": (saying(lora_bias=True), "'lora' here does not have: lora_bias=True"),
+    "bias": (saying(bias="all"), "bias='all'"),
+    "qalora": (saying(use_qalora=True), "use_qalora=True"),
+    "alora": (saying(alora_invocation_tokens=[1, 2]), "alora_invocation_tokens"),
+    "parameters": (saying(target_parameters=["experts.weight"]), "target_parameters"),
+    "copied layers": (saying(layer_replication=[[0, 2], [1, 2]]), "layer_replication"),
+    "something new": (saying(use_telepathy=0.5), "use_telepathy=0.5"),
+    "olora": (saying(init_lora_weights="olora"), "init_lora_weights='olora': PEFT changes the base weights"),
+    "pissa by chance": (saying(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4'"),
+    "dora with a root": (saying(use_dora=True, use_rslora=True), "'dora' here does not have: use_rslora=True"),
+    "dora without its magnitudes": (saying(use_dora=True), "8 keys missing"),
+    "r is zero": (saying(r=0), "its config cannot be read"),
+    "r is text": (saying(r="4"), "its config cannot be read"),
+    "r is huge": (saying(r=10**30), "config asks for"),
+    "r is large": (saying(r=10**12), "of another shape"),
+    "alpha is text": (saying(lora_alpha="8"), "its config cannot be read"),
+    "a pattern that is none": (saying(rank_pattern={"q_proj(": 4}), "its config cannot be read.*not a regular"),
+    "a pattern's table is a list": (saying(rank_pattern=["q_proj"]), "its config cannot be read"),
+    "targets are a number": (saying(target_modules=5), "does not say where.*target_modules=5"),
+    "targets are missing": (saying(target_modules=None), "target_modules=None"),
+    "targets are no regex": (saying(target_modules="(q_proj"), "where the adapter goes cannot be read"),
+    "targets nowhere": (saying(target_modules=["c_attn"]), "names no linear layer"),
+    "depth is text": (saying(layers_to_transform="1"), "layers_to_transform"),
+    "modules are text": (saying(modules_to_save="lm_head"), "modules_to_save"),
+    "modules are not there": (saying(modules_to_save=["lm_head"]), r"modules_to_save asks for and the file lacks: lm_head\.weight"),
+}
+
+
+def state(model: nn.Module) -> Any:
+    modules = [(n, type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()]
+    return modules, [(n, id(p), p.requires_grad, p._version) for n, p in model.named_parameters()]
+
+
+@lru_cache
+def sound(tmp: str) -> Path:
+    trained(lora()(), Path(tmp))
+    return Path(tmp)
+
+
+@pytest.fixture(scope="module")
+def folder_of_pefts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sound(str(tmp_path_factory.mktemp("sound")))
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_a_folder_that_is_not_sound_is_refused_and_the_model_untouched(what: str, folder_of_pefts: Path, tmp_path: Path) -> None:
+    spoil, words = SPOILED[what]
+    folder = tmp_path / "folder"
+    shutil.copytree(folder_of_pefts, folder)
+    model = fresh()
+    before = state(model)
+    spoil(folder)
+    with pytest.raises(ll.CheckpointError, match=words):
+        ll.from_peft(model, folder)
+    assert state(model) == before
+
+
+def test_a_place_that_is_no_folder(folder_of_pefts: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing is fetched from a hub"):
+        ll.from_peft(fresh(), "organisation/adapter")
+    with pytest.raises(ll.CheckpointError, match="is a file"):
+        ll.from_peft(fresh(), folder_of_pefts / TENSORS)
+    shutil.copytree(folder_of_pefts, tmp_path / "mine")
+    with pytest.raises(ll.CheckpointError, match="subfolder: give mine"):
+        ll.from_peft(fresh(), tmp_path)
+    with pytest.raises(NotADirectoryError):
+        ll.to_peft(made(CASES["lora"].config)[1], folder_of_pefts / TENSORS)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_tied_modules_are_refused(tmp_path: Path) -> None:
+    model = copy.deepcopy(gpt2())  # whose head is its embedding
+    config = peft.LoraConfig(r=4, target_modules=["c_attn"], modules_to_save=["lm_head"], fan_in_fan_out=True)
+    trained(config, tmp_path, gpt2())
+    with pytest.raises(ll.CheckpointError, match="tied to another"):
+        ll.from_peft(model, tmp_path)
+
+
+def test_a_name_in_use_leaves_the_first_alone(folder_of_pefts: Path) -> None:
+    model = fresh()
+    ll.from_peft(model, folder_of_pefts)
+    want = logits(model)
+    with pytest.raises(ValueError, match="already attached"):
+        ll.from_peft(model, folder_of_pefts)
+    assert list(ll.adapters(model)) == ["default"] and same_bits(logits(model), want)
+
+
+# -- the header, and writing ------------------------------------------------------------------------------------------------------
+
+
+def test_fingerprint_and_version_survive_in_the_header(tmp_path: Path) -> None:
+    _, adapter = made(CASES["lora"].config)
+    adapter.metadata["note"] = "kind"
+    ll.to_peft(adapter, tmp_path)
+    with safe_open(tmp_path / TENSORS, "pt") as file:
+        header = file.metadata()
+    assert header["format"] == "pt" and header["lora_lite_version"] == ll.__version__
+    assert json.loads(header["lora_lite_fingerprint"]) == adapter.fingerprint
+    assert ll.from_peft(fresh(), tmp_path).metadata == {"note": "kind"}
+    other = llama(seed=1)
+    before = state(other)
+    with pytest.raises(ll.CheckpointError, match="trained on another base"):
+        ll.from_peft(other, tmp_path)
+    assert state(other) == before
+    assert ll.from_peft(other, tmp_path, strict_base=False).attached
+
+
+def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
+    _, adapter = made(CASES["dora"].config)
+    for name in ("a", "b"):
+        ll.to_peft(adapter, tmp_path / name)
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in (CONFIG, TENSORS))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [CONFIG, TENSORS]
+
+
+@pytest.mark.parametrize("at", [TENSORS, CONFIG])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_write_that_fails_leaves_no_mixture(at: str, exists: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, adapter = made(CASES["lora"].config)
+    if exists:
+        ll.to_peft(adapter, tmp_path / "x")
+        (tmp_path / "x" / "README.md").write_text("mine")
+    real = folder_module.replace
+
+    def failing(target: Path, parts: Any) -> None:
+        if target.name == at:
+            raise OSError("disk full")
+        real(target, parts)
+
+    monkeypatch.setattr(folder_module, "replace", failing)
+    with pytest.raises(OSError, match="disk full"):
+        ll.to_peft(adapter, tmp_path / "x", c=0.5)
+    assert [p.name for p in tmp_path.iterdir()] == (["x"] if exists else [])
+    if exists:
+        assert (tmp_path / "x" / "README.md").read_text() == "mine"
+        with pytest.raises(ll.CheckpointError, match=r"lacks adapter_config\.json"):  # loud, not half of each
+            ll.from_peft(fresh(), tmp_path / "x")
+
+
+def test_numbers_that_are_none_are_not_written(tmp_path: Path) -> None:
+    _, adapter = made(CASES["lora"].config)
+    with torch.no_grad():
+        next(adapter.parameters()).fill_(float("inf"))
+    with pytest.raises(ll.CheckpointError, match="holding NaN or infinity"):
+        ll.to_peft(adapter, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_method_of_the_table_has_a_case() -> None:
+    written = {m.variant for m in methods.METHODS if m.writes}
+    assert written == {case.config.variant for case in CASES.values()}
+    assert {m.peft_type for m in methods.METHODS} == {getattr(c().peft_type, "value", None) for c in THEIRS.values()}
