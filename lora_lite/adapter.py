@@ -30,7 +30,7 @@ from lora_lite.attachment import (
 )
 from lora_lite.base import fingerprint
 from lora_lite.config import AdapterConfig
-from lora_lite.dial import Block, Coefficient, Dial, check_float
+from lora_lite.dial import Block, Coefficient, Dial, Setting, check_float
 from lora_lite.hooks import Hook
 from lora_lite.lowrank import LowRank
 from lora_lite.target import Target
@@ -237,7 +237,7 @@ class Adapter:
             raise RuntimeError(
                 f"adapter {self.name!r} is attached already; one adapter serves one model at a time: detach() it, or copy.deepcopy it"
             )
-        targets, previous = targets_by_name(model, self._sizes), (self.name, self._dial.rest.c)
+        targets, previous = targets_by_name(model, self._sizes), (self.name, self._dial.rest)
         try:
             self.name = self._dial.name = check_name(self.name if name is None else name)
             check_layers(model, self.name, targets, self.variant, self._specs)
@@ -245,11 +245,11 @@ class Adapter:
                 now = fingerprint(model, {t.name: t.module for t in targets})
                 fitting.check_base(f"adapter {self.name!r}", self.fingerprint, now, strict=True)
             if c is not None:
-                self._dial.turn(c)
+                self._dial.settle(Setting(c))
             self._place(model, targets)
         except BaseException:
             self.name = self._dial.name = previous[0]
-            self._dial.turn(previous[1])
+            self._dial.settle(previous[1])
             raise
         logger.debug("attached {}", self)
         return self
@@ -259,7 +259,7 @@ class Adapter:
         if wrong := [n for n, p in self._also.items() if p.shape != own[n].shape]:
             raise RuntimeError(f"adapter {self.name!r} trains {wrong}, which have other shapes in this {type(model).__name__}")
         warn_of_hazards(targets)
-        weights = {t.name: t.module._parameters["weight"] for t in targets}
+        weights = {t.name: t.module.weight for t in targets}  # a parametrised layer computes it
         self._held = {t: {f: moved(p, weights[t].device) for f, p in fields.items()} for t, fields in self._held.items()}  # type: ignore[union-attr]
         self._also = {n: moved(p, own[n].device, own[n].dtype) for n, p in self._also.items()}
         shared = Shared(self.name, self.config, ledger_of(model), self._dial, self.metadata, self.fingerprint, self.diagnostics)

@@ -180,10 +180,13 @@ class Dial:
         if stack := held.get(self):
             DIALS.set({**held, self: (*stack[:-1], self.kind(c, stack[-1].owner))})
         else:
-            self.rest = self.kind(c)  # type: ignore[arg-type]
-            self.slot.tensor = self.rest.cell
+            self.settle(self.kind(c))  # type: ignore[arg-type]
         self.moved = True
         self.sync()
+
+    def settle(self, setting: Setting) -> None:
+        """Make this the resting value, whatever blocks are open."""
+        self.rest, self.slot.tensor = setting, setting.cell
 
     def sync(self) -> None:
         """Let compiled code on this thread see what the context holds."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lora_lite import compiled, fitting, recompute
 from lora_lite.adapter import Adapter
-from lora_lite.attachment import _LEDGERS, Reader, all_hooks, fresh_parameter, ledger_of, targets_by_name, unwrapped
+from lora_lite.attachment import Reader, all_hooks, fresh_parameter, inner, ledger_of, refuse_merged, targets_by_name, unwrapped
 from lora_lite.baked import Baked, Content, HistoryHook, history_hooks
 from lora_lite.base import fingerprint, refusal
 from lora_lite.config import AdapterConfig
@@ -71,12 +71,14 @@ class HistoryBake:
             name = next(name for i in range(len(taken) + 1) if (name := f"history {i}") not in taken)
             self._baked = Baked(name, DoseDial((), name), ledger_of(self._model))
             self.set_gate(gate)
+            moved = self._baked.dial.moved
             self._extend(as_pairs(adapters), strict_base)
+            self._baked.dial.moved = moved  # what it starts with is not a move: Dial.stale
 
     @classmethod
     def of(cls, model: nn.Module) -> list[HistoryBake]:
         """The histories on a model, the oldest first; also on a copy or an unpickled model, which carries its own."""
-        model = getattr(model, "_orig_mod", model)
+        model = inner(model)
         found = dict.fromkeys(hook.shared for _, _, hook in all_hooks(model) if isinstance(hook, HistoryHook))
         return [cls._handle(model, baked) for baked in sorted(found, key=lambda baked: int(baked.name.split()[1]))]
 
@@ -141,7 +143,7 @@ class HistoryBake:
         if not (gate is None or callable(gate)):
             raise TypeError(f"a gate is None, an adapter or a callable without arguments, got {type(gate).__name__}")
         dial.gate = gate._dial if isinstance(gate, Adapter) else gate
-        dial.moved |= gate is not None  # a foreign recompute cannot know what the gate said: Dial.stale
+        dial.moved |= gate is not None and not isinstance(gate, Adapter)  # what a callable said is not known to a foreign recompute
         compiled.notice_hooks()
 
     def remove(self) -> None:
@@ -206,7 +208,7 @@ class HistoryBake:
             )
         if also := adapter.also():
             raise RuntimeError(f"adapter {name!r} also trains {sorted(also)}, which a history cannot hold; attach it instead")
-        refuse_merged(model, "bake")
+        refuse_merged(ledger_of(model))
         targets = targets_by_name(model, adapter._sizes)
         if problems := [r for t in targets if (r := refusal(t.name, t.module, adapter.variant.reads_weight != "never"))]:
             raise RuntimeError(f"{len(problems)} of {len(targets)} layers cannot carry {name!r}: " + "; ".join(problems[:3]))
@@ -292,13 +294,6 @@ def lora_config(ranks: Mapping[str, int], tensors: Mapping[str, Mapping[str, Ten
     )  # fmt: skip
 
 
-def refuse_merged(model: nn.Module, what: str) -> None:
-    ledgers = [ledger for module in model.modules() if (ledger := _LEDGERS.get(module)) is not None]
-    hooked = {hook.shared.name for _, _, hook in all_hooks(model)}
-    if merged := sorted({name for ledger in ledgers for name in ledger.holders} - hooked):
-        raise RuntimeError(f"cannot {what}: adapter {merged} is merged into this model's weights; unmerge it first")
-
-
 @contextmanager
 def stack(model: nn.Module, adapters: Pairs, gate: Gate = None, strict_base: bool = True) -> Iterator[HistoryBake]:
     """`with ll.stack(model, [(a, 0.8), (b, torch.tensor([0., 1.]))]):` detached adapters on the model for the block.
@@ -323,7 +318,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     does an adapter whose c is set inside. Raises RuntimeError naming adapters that c does not switch off: merged ones, and those
     that train more than their own tensors.
     """
-    refuse_merged(model, "disable")
+    model = inner(model)
+    refuse_merged(ledger_of(model))
     hooks = [hook for _, _, hook in all_hooks(model)]
     if also := {hook.shared.name: sorted(hook.shared.originals) for hook in hooks if hook.shared.originals}:
         raise RuntimeError(f"cannot disable adapters that also train other parameters, which c does not switch off: {also}; detach them")

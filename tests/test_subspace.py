@@ -209,11 +209,11 @@ def test_a_basis_that_never_turns_ends_far_from_the_batch():
     assert collection_error(adapters, sub) > 1.3 * collection_error(adapters, batch)
 
 
-@pytest.mark.parametrize("form", [FORMS["core"], FORMS["flat"]], ids=["core", "flat"])
-def test_the_basis_is_orthonormal_after_a_thousand_absorbs(form: dict[str, Any]):
+@pytest.mark.parametrize(("form", "times"), [(FORMS["core"], 1000), (FORMS["flat"], 200)], ids=["core", "flat"])
+def test_the_basis_is_orthonormal_after_a_thousand_absorbs(form: dict[str, Any], times: int):
     adapters = family(20, d_in=16, d_out=12, r=2, noise=0.5, modules=MODULES[:1])
     sub = of(adapters[:2], num_components=6, **form)
-    for i in range(1000):
+    for i in range(times):
         sub.absorb(adapters[i % 20], f"new_{i}")
         sub.remove_task(f"new_{i - 30}") if i >= 30 else None
     assert orthonormality(sub) < 1e-5

@@ -58,7 +58,7 @@ def dora_read(p: Fields, at: At) -> Fields:
 
 def dora_write(p: Fields, at: At) -> Fields:
     norm = torch.linalg.vector_norm(at.weight(), dim=1, dtype=torch.float64)
-    return {**p, "lora_m": (p["lora_m"].double() + norm).to(p["lora_m"].dtype)}
+    return {**p, "lora_m": (p["lora_m"].double() + norm.to(p["lora_m"].device)).to(p["lora_m"].dtype)}
 
 
 def dora_turn(p: Fields, at: At, c: float) -> Fields:

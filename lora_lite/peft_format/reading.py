@@ -14,7 +14,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
-from lora_lite.attachment import unwrapped
+from lora_lite.attachment import all_hooks, unwrapped
 from lora_lite.base import fingerprint, is_linear, sizes
 from lora_lite.checkpoint import CheckpointError, Contents, brief, check_tensors, listed, match_names, problem, shown, strip_prefixes
 from lora_lite.config import AdapterConfig
@@ -194,7 +194,8 @@ def assign(found: Folder, candidates: Sequence[Method], layers: Mapping[str, nn.
     hits = {key: (m["target"], field) for key in found.tensors for field, p in patterns.items() if (m := p.fullmatch(key))}
     names = match_names([t for t, _ in hits.values()], layers)
     rest = [key for key in found.tensors if key not in hits and key not in shared.values()]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    ours = {f"{path}.{on_layer}" for path, _, hook in all_hooks(model) for _, on_layer in hook.fields}
+    parameters = {n: p for n, p in model.named_parameters(remove_duplicate=False) if n not in ours}
     beside = match_names(rest, parameters)
     saved = {key: beside[key] for key in rest if to_save(found.config, strip_prefixes(beside[key])) and beside[key] in parameters}
     bases = {key: match_names([bare(key)], parameters)[bare(key)] for key in rest if key not in saved}

@@ -53,6 +53,8 @@ def to_peft(
     method = next((m for m in METHODS if m.variant == adapter.variant.name and m.writes), None)
     if not as_lora and (approximate or r is not None):
         raise ValueError("approximate and r are of as_lora=True; without it the folder is exact")
+    if r is not None and (isinstance(r, bool) or r < 1):
+        raise ValueError(f"r must be a positive whole number, got {r!r}")
     if as_lora or (method is None and adapter.variant.form == "low-rank"):
         written = plain(adapter, dose, approximate, r)
     else:

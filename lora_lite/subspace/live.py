@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.adapter import Adapter
+from lora_lite.config import AdapterConfig
 from lora_lite.subspace.coefficients import Kind, Parts, as_cores, padded
 from lora_lite.subspace.state import Layer, State
 from lora_lite.subspace.training import Place, Trainable, basis_hash, expanded
@@ -19,7 +20,7 @@ FIELDS = {"core": ("lora_core",), "diag": ("lora_diag",), "factors": ("lora_Y", 
 FROZEN = {"flat": ("lora_comps_B", "lora_comps_A", "lora_mean_B", "lora_mean_A")}
 
 
-def live(state: State, config: SharedConfig, targets: Sequence[str] | None, name: str, seed: int | None) -> Adapter:
+def live(state: State, config: AdapterConfig, targets: Sequence[str] | None, name: str, seed: int | None) -> Adapter:
     """A detached adapter of variant "shared" on this subspace's bases: `sub.live(config).put_on(model)`."""
     if not isinstance(config, SharedConfig):
         raise TypeError(f"shared= goes with SharedConfig(train=...), got {type(config).__name__}")

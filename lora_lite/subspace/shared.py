@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch.nn import Parameter
+from torch import Tensor
 
 from lora_lite.adapter import Adapter
-from lora_lite.subspace import change, diagnosis, file, live, training
+from lora_lite.config import AdapterConfig
+from lora_lite.subspace import change, diagnosis, file, training
 from lora_lite.subspace.build import build
 from lora_lite.subspace.coefficients import FEATURE_KINDS
 from lora_lite.subspace.projection import TaskProjection, added, project
 from lora_lite.subspace.source import AdapterSource, FileSource, Source
 from lora_lite.subspace.state import Layer, Missing, Policy, State
-from lora_lite.variants.shared import SharedConfig
 
 PathLike = str | os.PathLike[str]
 
@@ -214,14 +214,22 @@ class SharedSubspace:
         having(self._state, task_id)
         return training.trainable(self._state, task_id, num_expand, seed)
 
-    def live(self, config: SharedConfig, targets: Sequence[str] | None = None, name: str = "default", seed: int | None = None) -> Adapter:
+    def live(
+        self, config: AdapterConfig, targets: Sequence[str] | None = None, name: str = "default", seed: int | None = None
+    ) -> Adapter:
         """A detached adapter that trains on these bases: `sub.live(SharedConfig(train="core")).put_on(model)`, which is what
         `ll.attach(model, config, shared=sub)` does. Its file carries the bases; `commit` brings it back."""
+        from lora_lite.subspace import live  # registers the variant
+
         return live.live(self._state, config, targets, name, seed)
 
-    def commit(self, trained: Mapping[str, Parameter] | Adapter, task_id: str) -> None:
+    def commit(self, trained: Mapping[str, Tensor] | Adapter, task_id: str) -> None:
         """Keep what was trained as the task's coefficients, replacing it if it is there. Raises ValueError when the bases moved meanwhile."""
         with self._writing:
+            if isinstance(trained, Adapter):
+                from lora_lite.subspace import live
+
+                trained = live.as_trainable(self._state, trained, task_id)
             self._state = training.committed(self._state, trained, task_id)
 
     # -- form ---------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from lora_lite.adapter import Adapter
 from lora_lite.checkpoint import raw
 from lora_lite.lowrank import LowRank
 from lora_lite.subspace.build import config_of
@@ -82,13 +81,9 @@ def expanded(frame: Frame, q: int, generator: torch.Generator) -> Frame:
     return frame.padded(outside(torch.linalg.qr(U.T).Q.T, drawn, 1e-9)) if frame.k else frame.padded(outside(U, drawn, 1e-9))
 
 
-def committed(state: State, trained: Mapping[str, Parameter] | Adapter, task_id: str) -> State:
+def committed(state: State, trained: Mapping[str, Tensor], task_id: str) -> State:
     """The state with the task as it was trained; all is checked first. Its private directions become everyone's, unused by the others."""
-    if isinstance(trained, Adapter):
-        from lora_lite.subspace.live import as_trainable
-
-        trained = as_trainable(state, trained, task_id)
-    elif not isinstance(trained, Trainable):
+    if not isinstance(trained, Trainable):
         trained = named(state, trained, task_id)
     check(state, trained, task_id)
     layers = dict(state.layers)

@@ -97,8 +97,8 @@ def per_output(cfg: ROADConfig, values: Tensor) -> tuple[Tensor, Tensor]:
     if cfg.kind == "road_2":
         return values, values
     if cfg.kind == "road_1":
-        halves = values.unflatten(-1, (-1, 1, cfg.group_size // 2))
-        both = halves.expand(*halves.shape[:-2], 2, -1).flatten(-3)
+        pairs = values.unflatten(-1, (-1, 1, cfg.group_size // 2))
+        both = pairs.expand(*pairs.shape[:-2], 2, -1).flatten(-3)
         return both, both
     own, other = values.unflatten(-1, (-1, 2, cfg.group_size)).unbind(-2)
     return own.flatten(-2), other.flatten(-2)
