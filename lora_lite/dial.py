@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -146,13 +146,13 @@ class Dial:
     A deepcopied or unpickled dial is another dial, at the same resting value.
     """
 
-    kind: type[Setting] = Setting
+    kind: ClassVar[type[Any]] = Setting
 
     def __init__(self, c: Dose = 1.0, name: str = "default") -> None:
         self.name = name
         self.training = True
         self.moved = False
-        self.rest = self.kind(c)  # type: ignore[arg-type]
+        self.rest = self.kind(c)
         self._register()
 
     def _register(self) -> None:
@@ -178,7 +178,7 @@ class Dial:
         """Set c: this block's inside a `with`, the resting value outside."""
         held = DIALS.get()
         if stack := held.get(self):
-            DIALS.set({**held, self: (*stack[:-1], self.kind(c, stack[-1].owner))})
+            DIALS.set({**held, self: (*stack[:-1], self.kind(c, stack[-1].owner))})  # type: ignore[arg-type]
         else:
             self.settle(self.kind(c))  # type: ignore[arg-type]
         self.moved = True
@@ -218,7 +218,7 @@ class Block:
     def __enter__(self) -> Block:
         owner = object()
         dial, held = self.dial, DIALS.get()
-        setting = dial.kind(self.c, owner)  # type: ignore[arg-type]
+        setting = dial.kind(self.c, owner)
         DIALS.set({**held, dial: (*held.get(dial, ()), setting)})
         dial.here.slot = Slot(setting.cell)
         dial.moved = True

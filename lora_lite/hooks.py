@@ -138,7 +138,11 @@ class OutputHook(Hook):
 
     def delta(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
         base = self.base.read(layer, x.dtype if y is None else y.dtype)
-        p = self.variant.prepare(self.cfg, self.tensors(layer), base, c)
+        if torch.is_autocast_enabled(x.device.type):  # what is small is computed in the precision it is stored in
+            with torch.autocast(x.device.type, enabled=False):
+                p = self.variant.prepare(self.cfg, self.tensors(layer), base, c)
+        else:
+            p = self.variant.prepare(self.cfg, self.tensors(layer), base, c)
         dtype = x.dtype
         return self.variant.delta(self.cfg, {k: v if v.dtype is dtype else v.to(dtype) for k, v in p.items()}, x, y, base, c)
 
@@ -189,7 +193,7 @@ def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor) -> Te
 
 def trains_across_dtypes(y: Tensor, x: Tensor, A: Tensor) -> bool:
     """Whether casts of the factors would be kept for a backward (torch.func's transforms take the ordinary way)."""
-    return x.dtype is y.dtype and x.dim() > 1 and torch.is_grad_enabled() and not (is_functorch(x) or is_functorch(A))
+    return x.dtype is y.dtype and x.dim() > 1 and A.requires_grad and torch.is_grad_enabled() and not (is_functorch(x) or is_functorch(A))
 
 
 HOOKS: dict[str, Callable[..., Hook]] = {"low-rank": LowRankHook, "output": OutputHook, "input": InputHook}

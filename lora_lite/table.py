@@ -30,7 +30,9 @@ MATRIX: Mapping[str, Callable[[type[Variant]], Answer]] = {
     "linear in c": lambda v: Answer(v.linear_in_c, v.why_not.get("linear_in_c", "")),
     "merge": lambda v: Answer(True),
     "history": lambda v: Answer(True),
-    "exact as one LoRA": lambda v: Answer(v.form == "low-rank", f"{v.name} is no low-rank sum; only a truncated SVD of its effect is one"),
+    "exact as one LoRA": lambda v: Answer(
+        v.form == "low-rank" or v.exact_low_rank != "no", f"{v.name} is no low-rank sum; only a truncated SVD of its effect is one"
+    ),
     "quantised base": lambda v: Answer(v.reads_weight == "never", f"{v.name} reads the dense weight {reads(v)}"),
 }
 
@@ -38,21 +40,22 @@ OVERVIEW: Mapping[str, Callable[[type[Variant]], str]] = {
     "variant": lambda v: f"`{v.name}`",
     "config": lambda v: f"`{v.Config.__name__}`",
     "paper": lambda v: f"[{v.paper}](https://arxiv.org/abs/{v.paper})" if v.paper[:1].isdigit() else v.paper,
-    "tensors per layer": lambda v: tensors(v),
+    "trained per layer": lambda v: v.parameters,
+    "tensors": lambda v: tensors(v),
     "site": lambda v: "input" if v.form == "input" else "output",
     "reads the weight": lambda v: "never" if v.reads_weight == "never" else reads(v),
     "calibration": lambda v: v.calibration,
     "quantised base": lambda v: "yes" if v.reads_weight == "never" else "no",
-    "low-rank form": lambda v: "yes" if v.form == "low-rank" else "no",
+    "low-rank form": lambda v: "yes" if v.form == "low-rank" else v.exact_low_rank,
     "at init": lambda v: {"bitwise": "the base", "close": "the base, nearly", "none": "not the base"}[v.identity.kind],
 }
 
 
 def tensors(v: type[Variant]) -> str:
     """The trained tensors of the default config at a layer of unmistakable sizes, written back as letters."""
-    cfg = v.Config().at("layer", 1009, 2003)
-    letters = {1009: "d_in", 2003: "d_out", getattr(cfg, "r", 0): "r"}
-    trained = {name: spec.shape for name, spec in v.param_specs(1009, 2003, cfg).items() if spec.trainable}
+    cfg = v.Config().at("layer", 1152, 2304)
+    letters = {1152: "d_in", 2304: "d_out", getattr(cfg, "r", 0): "r"}
+    trained = {name: spec.shape for name, spec in v.param_specs(1152, 2304, cfg).items() if spec.trainable}
     return ", ".join(
         f"{name.removeprefix('lora_')} ({' x '.join(letters.get(n, str(n)) for n in shape)})" for name, shape in trained.items()
     )

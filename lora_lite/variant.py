@@ -96,6 +96,8 @@ class Variant:
     row_c         whether c may differ between the rows of a batch
     why_not       the reason of each "no" among linear_in_c and row_c
     paper         arXiv id
+    parameters    how many numbers train per layer, as a formula in d_in, d_out and the config's fields
+    exact_low_rank  for other forms than "low-rank": whether `low_rank_given_weight` says the same exactly
     """
 
     name: ClassVar[str]
@@ -108,6 +110,8 @@ class Variant:
     linear_in_c: ClassVar[bool] = True
     row_c: ClassVar[bool] = True
     why_not: ClassVar[Mapping[str, str]] = {}
+    parameters: ClassVar[str] = ""
+    exact_low_rank: ClassVar[Literal["no", "given weight"]] = "no"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
@@ -137,6 +141,11 @@ class Variant:
     @staticmethod
     def factors(cfg: Any, p: Params, base: Base) -> LowRank:
         """form "low-rank": the update at c = 1. The runtime casts it, applies c, merges, bakes and exports it."""
+        raise NotImplementedError
+
+    @classmethod
+    def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base) -> LowRank:
+        """exact_low_rank "given weight": the update at c = 1 as a low-rank sum, with `base.weight` given."""
         raise NotImplementedError
 
     @staticmethod

@@ -463,7 +463,7 @@ def test_tasks_each_see_their_own_doses() -> None:
             return model(X)
 
     async def both() -> list[Tensor]:
-        return await asyncio.gather(run(1.0), run(-1.0))
+        return list(await asyncio.gather(run(1.0), run(-1.0)))
 
     for c, found in zip((1.0, -1.0), asyncio.run(both()), strict=True):
         with stack(model, [(adapter, c)]):
@@ -712,9 +712,9 @@ def test_merged_adapters_are_refused_by_name() -> None:
     (adapter,) = kept(model, ("lora",))
     merged = attach(model, VARIANTS["lora"], name="inside", dtype=F64)
     merged.merge()
-    with pytest.raises(RuntimeError, match="inside.*merged"), disabled(model):
+    with pytest.raises(RuntimeError, match=r"inside.*merged"), disabled(model):
         raise AssertionError("the block was entered")
-    with pytest.raises(RuntimeError, match="inside.*merged"):
+    with pytest.raises(RuntimeError, match=r"inside.*merged"):
         HistoryBake(model, [(adapter, 1.0)])
     merged.detach()
     HistoryBake(model, [(adapter, 1.0)])
@@ -739,7 +739,7 @@ def test_two_rounds_of_spectral_pissa_reload_in_any_order(order: tuple[int, int]
     config = dataclasses.replace(VARIANTS["pissa-spectrum"].config, dtype=torch.float32)
     rounds: list[ll.Adapter] = []
     for i in range(2):
-        history = HistoryBake(model, [(kept, 1.0) for kept in rounds])
+        history = HistoryBake(model, [(earlier, 1.0) for earlier in rounds])
         adapter = randomise(ll.attach(model, config, name=f"round{i}", exclude_directions=rounds), seed=i)
         wanted = logits(model)
         adapter.save(tmp_path / f"{i}.safetensors")

@@ -144,10 +144,16 @@ def test_what_does_not_fit_is_refused(what: str, tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "b", SAID | said)
     with pytest.raises(ll.CheckpointError, match=words):
         ll.load(base(), tmp_path / "b")
-    tensors.pop(next(iter(tensors)))
-    save_file(tensors, tmp_path / "c", SAID)
-    with pytest.raises(ll.CheckpointError, match=r"lacks tensors of layers\.1\.up"):
-        ll.load(base(), tmp_path / "c")
+
+
+def test_a_layer_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    save_file(
+        {"A.layers__1__up": torch.zeros(4, 12), "A.layers__1__down": torch.zeros(4, 20), "B.layers__1__up": torch.zeros(20, 4)},
+        tmp_path / "a",
+        SAID,
+    )
+    with pytest.raises(ll.CheckpointError, match=r"lacks tensors of layers\.1\.down; each layer has A, B"):
+        ll.load(base(), tmp_path / "a")
 
 
 def test_files_of_ours_are_read_as_before(tmp_path: Path) -> None:

@@ -306,6 +306,32 @@ def test_an_ia3_folder_of_both_kinds_is_two_adapters(tmp_path: Path) -> None:
         ll.from_peft(fresh(), tmp_path, part="lora")
 
 
+@pytest.mark.parametrize("c", DOSES)
+def test_two_halves_of_ia3_are_one_folder(c: float, tmp_path: Path) -> None:
+    model, outputs = made(ll.IA3Config(targets=TARGETS[:3]), name="outputs")
+    inputs = randomise(ll.attach(model, ll.IA3FFConfig(targets=TARGETS[3:]), name="inputs"), seed=1, std=0.1)
+    ll.to_peft([outputs, inputs], tmp_path / "ours", c=c)
+    with outputs(model, c=c), inputs(model, c=c):
+        want = logits(model)
+    assert_close(in_peft(tmp_path / "ours"), want, "PEFT's logits", EQUAL)
+    back = fresh()
+    ll.from_peft(back, tmp_path / "ours", name="outputs", part="ia3")
+    ll.from_peft(back, tmp_path / "ours", name="inputs", part="ia3_ff")
+    assert_close(logits(back), want, "back here", EQUAL)
+    with pytest.raises(ll.CheckpointError, match="trained on another base"):
+        ll.from_peft(llama(seed=1), tmp_path / "ours", part="ia3_ff")
+
+
+def test_other_pairs_are_no_folder(tmp_path: Path) -> None:
+    model, first = made(ll.IA3Config(targets=TARGETS[:3]), name="first")
+    second = attach(model, ModelRow(ll.IA3Config(targets=TARGETS[3:])), name="second")
+    overlapping = attach(model, ModelRow(ll.IA3FFConfig(targets=TARGETS[2:])), name="overlapping")
+    for pair, words in (([first, second], "one adapter, or IA3"), ([], "one adapter"), ([first, overlapping], "have both")):
+        with pytest.raises(ValueError, match=words):
+            ll.to_peft(pair, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
 @lru_cache
 def gpt2() -> Any:
     torch.manual_seed(0)
@@ -540,6 +566,12 @@ def test_a_row_that_vanishes_at_c_is_refused(tmp_path: Path) -> None:
     ll.to_peft(adapter, tmp_path / "x", c=-0.9)
     with pytest.raises(ValueError, match=r"at c=-1.0 a row of the base vanishes"):
         ll.to_peft(adapter, tmp_path / "y", c=-1.0)
+
+
+@pytest.mark.parametrize("r", [0, -1, True])
+def test_a_rank_is_positive(r: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="r must be a positive whole number"):
+        ll.to_peft(made(CASES["lora"].config)[1], tmp_path / "x", as_lora=True, r=r)
 
 
 @pytest.mark.parametrize("c", [float("nan"), float("inf"), True, torch.tensor([1.0, 2.0]), "1"])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +32,7 @@ class Written(NamedTuple):
 
 
 def to_peft(
-    adapter: Adapter,
+    adapter: Adapter | Sequence[Adapter],
     folder: str | os.PathLike[str],
     c: float = 1.0,
     *,
@@ -41,6 +42,7 @@ def to_peft(
 ) -> dict[str, float]:
     """Write a folder that PEFT loads, doing at its full strength what the adapter does at c. `ll.to_peft(adapter, "folder")`.
 
+    adapter      or the two halves of one IA3 folder, [ia3, ia3_ff]
     as_lora      one plain LoRA with scale and c folded into B, one rank for all layers, alpha = r: what vLLM and others load
     approximate  where no plain LoRA is exact, or r is too low, the nearest one (a truncated SVD), instead of an error
     r            the rank of a plain LoRA; by default the one that is exact, or for an approximation the config's own
@@ -50,24 +52,56 @@ def to_peft(
     what the method cannot say, RuntimeError where the base weight is needed and the adapter is not attached.
     """
     dose = checked(c)
-    method = next((m for m in METHODS if m.variant == adapter.variant.name and m.writes), None)
     if not as_lora and (approximate or r is not None):
         raise ValueError("approximate and r are of as_lora=True; without it the folder is exact")
     if r is not None and (isinstance(r, bool) or r < 1):
         raise ValueError(f"r must be a positive whole number, got {r!r}")
-    if as_lora or (method is None and adapter.variant.form == "low-rank"):
-        written = plain(adapter, dose, approximate, r)
-    else:
-        written = native(adapter, known(method, adapter), dose)
+    several = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+    check_halves(several, as_lora)
+    written = {a: plain(a, dose, approximate, r) if as_lora or is_foreign(a) else native(a, dose) for a in several}
+    write_folder(folder, functools.reduce(joined, [whole(a, w) for a, w in written.items()]))
+    for a, w in written.items():
+        report(a, w.lost, as_lora)
+    return {t: error for w in written.values() for t, error in w.lost.items()}
+
+
+def method_of(adapter: Adapter) -> Method | None:
+    return next((m for m in METHODS if m.variant == adapter.variant.name and m.writes), None)
+
+
+def is_foreign(adapter: Adapter) -> bool:
+    """Whether PEFT lacks the method, and a plain LoRA is the same."""
+    return method_of(adapter) is None and adapter.variant.form == "low-rank"
+
+
+def check_halves(adapters: Sequence[Adapter], as_lora: bool) -> None:
+    kinds = sorted(a.variant.name for a in adapters)
+    if len(kinds) != 1 and (kinds != ["ia3", "ia3_ff"] or as_lora):
+        raise ValueError(f"one folder holds one adapter, or IA3's two halves, 'ia3' and 'ia3_ff', as IA3; got {kinds}, as_lora={as_lora}")
+    if both := {t for a in adapters[1:] for t in a.targets} & set(adapters[0].targets):
+        raise ValueError(f"PEFT's IA3 gates a layer's output or its input; {listed(sorted(both))} have both")
+
+
+def whole(adapter: Adapter, written: Written) -> Folder:
+    """Everything that a folder says of one adapter."""
     beside = saved_beside(adapter)
-    names = {strip_prefixes(t) for t in adapter.targets}
-    if len(names) < len(adapter.targets):
+    if len({strip_prefixes(t) for t in adapter.targets}) < len(adapter.targets):
         raise CheckpointError("not saved: two of its layers have one name without their wrappers' prefixes")
-    config = written.config | {"modules_to_save": sorted({n.rpartition(".")[0] for n in beside}) or None, **about(adapter, written.config)}
+    config = {**written.config, "modules_to_save": sorted({n.rpartition(".")[0] for n in beside}), **about(adapter, written.config)}
     tensors = written.tensors | {f"{FRONT}{n}": v for n, v in beside.items()}
-    write_folder(folder, Folder(config, tensors, adapter.metadata, adapter.fingerprint))
-    report(adapter, written.lost)
-    return written.lost
+    return Folder({**config, "modules_to_save": config["modules_to_save"] or None}, tensors, adapter.metadata, adapter.fingerprint)
+
+
+def joined(one: Folder, other: Folder) -> Folder:
+    """Two halves of the same base."""
+    lists = {
+        k: sorted({*(one.config[k] or ()), *(other.config[k] or ())}) for k in ("target_modules", "feedforward_modules", "modules_to_save")
+    }
+    config = {**other.config, **one.config, **lists, "modules_to_save": lists["modules_to_save"] or None}
+    prints = [f.fingerprint for f in (one, other) if f.fingerprint is not None]
+    layers = {t: v for f in prints for t, v in f["targets"].items()}
+    fingerprint = {**prints[0], "targets": layers} if len(prints) == 2 else None
+    return Folder(config, one.tensors | other.tensors, {**other.metadata, **one.metadata}, fingerprint)
 
 
 def checked(c: Any) -> float:
@@ -77,7 +111,8 @@ def checked(c: Any) -> float:
     return check_float(c)
 
 
-def known(method: Method | None, adapter: Adapter) -> Method:
+def known(adapter: Adapter) -> Method:
+    method = method_of(adapter)
     if method is None:
         raise ValueError(
             f"PEFT has nothing that is exactly {adapter.variant.name!r}; as_lora=True writes it as a plain LoRA, where need be "
@@ -86,8 +121,9 @@ def known(method: Method | None, adapter: Adapter) -> Method:
     return method
 
 
-def native(adapter: Adapter, method: Method, c: float) -> Written:
+def native(adapter: Adapter, c: float) -> Written:
     """The same method in PEFT's words. At c = 1 tensors that PEFT keeps as we do go over bit for bit."""
+    method = known(adapter)
     ats = {t: At(adapter.config.at(t, *size), *size, bare_layer(adapter, t), t) for t, size in adapter._sizes.items()}
     check_sayable(adapter, method, ats, c)
     held = {t: {field: p.detach() for field, p in fields.items()} for t, fields in adapter.tensors().items()}
@@ -180,7 +216,9 @@ def saved_beside(adapter: Adapter) -> Tensors:
     return beside
 
 
-def report(adapter: Adapter, lost: Mapping[str, float]) -> None:
+def report(adapter: Adapter, lost: Mapping[str, float], as_lora: bool) -> None:
+    if as_lora and adapter.also():
+        logger.warning("{!r} trains {} beside its layers; servers such as vLLM refuse modules_to_save", adapter.name, list(adapter.also()))
     inexact = {t: error for t, error in lost.items() if error}
     for t, error in inexact.items():
         logger.info("{}: {} as a plain LoRA, relative error {:.3g}", t, adapter.variant.name, error)

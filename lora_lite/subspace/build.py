@@ -109,7 +109,9 @@ def shared_modules(sources: Sequence[Source], missing: Missing) -> list[str]:
         return found
     examples = "; ".join(f"{m} is not in {tasks[:3]}" for m, tasks in list(absent.items())[:3])
     if missing == "error":
-        raise ValueError(f'{len(absent)} of {len(found)} layers are not in every adapter: {examples}. missing="zero" or "common" allows that')
+        raise ValueError(
+            f'{len(absent)} of {len(found)} layers are not in every adapter: {examples}. missing="zero" or "common" allows that'
+        )
     common = [m for m in found if m not in absent]
     if not common:
         raise ValueError(f"the adapters share no common layers: {examples}")

@@ -34,7 +34,9 @@ def absorb(state: State, source: Source) -> State:
     """Take in a task and the directions it brings; every old coefficient is carried into the new basis exactly, then all are
     truncated together. Nothing is computed from old adapters, which need not exist any more."""
     if state.kind == "diag":
-        raise ValueError('coefficients="diag" keeps a pinned basis: an absorb cannot carry a diagonal. project() and add_task(), or build "core"')
+        raise ValueError(
+            'coefficients="diag" keeps a pinned basis: an absorb cannot carry a diagonal. project() and add_task(), or build "core"'
+        )
     if state.bits is not None:
         raise ValueError(
             f"this subspace is quantised to {state.bits} bits, and turning its basis would round every old task again; "
@@ -63,9 +65,13 @@ def read_all(state: State, source: Source, new: bool = True) -> dict[str, Update
     has = set(source.modules)
     absent, extra = [m for m in state.layers if m not in has], [m for m in source.modules if m not in state.layers]
     if absent and state.missing != "zero":
-        raise ValueError(f'adapter {source.task!r} lacks {len(absent)} of {len(state.layers)} modules: {absent[:3]}; missing="zero" allows that')
+        raise ValueError(
+            f'adapter {source.task!r} lacks {len(absent)} of {len(state.layers)} modules: {absent[:3]}; missing="zero" allows that'
+        )
     if extra and state.missing == "error":
-        raise ValueError(f"adapter {source.task!r} has {len(extra)} modules that the subspace lacks: {extra[:3]}; it has {list(state.layers)[:3]}")
+        raise ValueError(
+            f"adapter {source.task!r} has {len(extra)} modules that the subspace lacks: {extra[:3]}; it has {list(state.layers)[:3]}"
+        )
     modules = [m for m in source.modules if m in state.layers or (new and state.missing == "zero")]
     if not modules:
         raise ValueError(f"adapter {source.task!r} has none of the layers of the subspace: {list(state.layers)[:3]}")

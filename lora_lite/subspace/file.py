@@ -16,8 +16,21 @@ import torch
 from torch import Tensor
 
 from lora_lite import checkpoint
-from lora_lite.checkpoint import CheckpointError, brief, check_entries, check_place, digest, in_place, non_finite, raw, read_header
-from lora_lite.checkpoint import read_tensors, replace, shown, strict_json
+from lora_lite.checkpoint import (
+    CheckpointError,
+    brief,
+    check_entries,
+    check_place,
+    digest,
+    in_place,
+    non_finite,
+    raw,
+    read_header,
+    read_tensors,
+    replace,
+    shown,
+    strict_json,
+)
 from lora_lite.subspace.coefficients import Kind
 from lora_lite.subspace.frame import Frame
 from lora_lite.subspace.packed import Packed, Stored
@@ -36,7 +49,12 @@ def write(path: str | os.PathLike[str], state: State) -> None:
     flat = {name: v.detach().to("cpu").contiguous() for name, v in tensors(state).items()}
     if bad := non_finite(flat):
         raise CheckpointError(f"not saved: {bad[:5]} hold NaN or infinity")
-    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "library_version": __version__, "subspace": json.dumps(described(state))}
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "subspace": json.dumps(described(state)),
+    }
     head = checkpoint.header(metadata | {"sha256": digest(metadata, flat)}, flat)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace(target, [head, *(raw(v) for _, v in in_place(flat))])
@@ -119,7 +137,11 @@ def check_ours(source: str, metadata: Mapping[str, str], head: Mapping[str, Any]
 
 def restored(said: dict[str, Any], flat: dict[str, Tensor]) -> State:
     kind: Kind = said["kind"]
-    if kind not in PARTS or said["space"] != ("flat" if kind == "flat" else "feature") or said["missing"] not in ("error", "zero", "common"):
+    if (
+        kind not in PARTS
+        or said["space"] != ("flat" if kind == "flat" else "feature")
+        or said["missing"] not in ("error", "zero", "common")
+    ):
         raise ValueError(f"space {said['space']!r}, kind {kind!r}, missing {said['missing']!r}")
     if said["bits"] not in (None, 4, 8):
         raise ValueError(f"bits {said['bits']!r}")
@@ -183,5 +205,13 @@ def check_layer(kind: Kind, x: Layer) -> None:
     }[kind]  # fmt: skip
     lengths = {len(x.ranks), len(x.scales), len(x.energy), len(x.lost), len(set(x.tasks))}
     whole = all(isinstance(r, int) and r > 0 for r in x.ranks)
-    if not sizes_fit or not whole or [tuple(p.shape) for p in x.parts] != want or lengths != {n} or (len(x.b.energy), len(x.a.energy)) != (kb, ka):
-        raise ValueError(f"a layer {x.d_in} -> {x.d_out} with bases {x.b.components.shape}, {x.a.components.shape} has parts {[p.shape for p in x.parts]}")
+    if (
+        not sizes_fit
+        or not whole
+        or [tuple(p.shape) for p in x.parts] != want
+        or lengths != {n}
+        or (len(x.b.energy), len(x.a.energy)) != (kb, ka)
+    ):
+        raise ValueError(
+            f"a layer {x.d_in} -> {x.d_out} with bases {x.b.components.shape}, {x.a.components.shape} has parts {[p.shape for p in x.parts]}"
+        )

@@ -29,7 +29,9 @@ def live(state: State, config: AdapterConfig, targets: Sequence[str] | None, nam
     if config.task is not None:
         modules = [m for m in modules if config.task in state.layers[m].index]
     if not modules:
-        raise ValueError(f"none of the targets is a layer of the subspace; it has {list(state.layers)[:5]}, asked for {list(targets or ())[:5]}")
+        raise ValueError(
+            f"none of the targets is a layer of the subspace; it has {list(state.layers)[:5]}, asked for {list(targets or ())[:5]}"
+        )
     generator = torch.Generator().manual_seed(seed if seed is not None else int(torch.randint(2**62, ())))
     tensors, rooms = {}, {}
     for m in modules:
@@ -49,7 +51,9 @@ def check_train(state: State, config: SharedConfig) -> None:
         raise ValueError(f'train={config.train!r} cannot start at a task kept as {state.kind!r}; train="core" can')
 
 
-def layer_tensors(state: State, layer: Layer, config: SharedConfig, generator: torch.Generator) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+def layer_tensors(
+    state: State, layer: Layer, config: SharedConfig, generator: torch.Generator
+) -> tuple[dict[str, Tensor], tuple[float, ...]]:
     b, a = expanded(layer.b, config.expand, generator), expanded(layer.a, config.expand, generator)
     r, scale = beginning(state, layer, config)
     tensors = {"lora_U": b.basis(), "lora_V": a.basis()}
@@ -88,10 +92,14 @@ def as_trainable(state: State, adapter: Adapter, task_id: str) -> Trainable:
     """A trained live adapter as parameters on the subspace's bases. Raises ValueError where those are not the ones it was trained on."""
     config = adapter.config
     if not isinstance(config, SharedConfig):
-        raise TypeError(f"commit() takes what was trained on this subspace; a {adapter.variant.name!r} adapter is absorbed: sub.absorb(adapter, id)")
+        raise TypeError(
+            f"commit() takes what was trained on this subspace; a {adapter.variant.name!r} adapter is absorbed: sub.absorb(adapter, id)"
+        )
     missing = [m for m in adapter.targets if m not in state.layers]
     if missing or basis_hash(state, adapter.targets) != config.basis_hash:
-        raise ValueError(f"task {task_id!r} was trained on other bases than the subspace has now (absorb, quantize, to or commit); absorb it instead")
+        raise ValueError(
+            f"task {task_id!r} was trained on other bases than the subspace has now (absorb, quantize, to or commit); absorb it instead"
+        )
     places, values = {}, {}
     for m, fields in adapter.tensors().items():
         layer, (kb, ka, r, scale, _) = state.layers[m], config.at(m, 0, 0).room

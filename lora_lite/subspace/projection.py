@@ -88,7 +88,9 @@ def added(state: State, p: TaskProjection) -> State:
         raise ValueError(f"a task {p.task_id!r} is there already; remove_task it first, or give another id")
     stale = [m for m, c in p.layers.items() if m not in state.layers or not same_bases(c, state.layers[m])]
     if stale or p.kind != state.kind:
-        raise ValueError(f"the projection of {p.task_id!r} was made on other bases (of {stale[:3]}) than the subspace has now; project again")
+        raise ValueError(
+            f"the projection of {p.task_id!r} was made on other bases (of {stale[:3]}) than the subspace has now; project again"
+        )
     layers = dict(state.layers)
     for m, c in p.layers.items():
         layers[m] = layers[m].joined(p.kind, p.task_id, c.rank, c.scale, c.parts, c.energy, c.error)

@@ -214,9 +214,7 @@ class SharedSubspace:
         having(self._state, task_id)
         return training.trainable(self._state, task_id, num_expand, seed)
 
-    def live(
-        self, config: AdapterConfig, targets: Sequence[str] | None = None, name: str = "default", seed: int | None = None
-    ) -> Adapter:
+    def live(self, config: AdapterConfig, targets: Sequence[str] | None = None, name: str = "default", seed: int | None = None) -> Adapter:
         """A detached adapter that trains on these bases: `sub.live(SharedConfig(train="core")).put_on(model)`, which is what
         `ll.attach(model, config, shared=sub)` does. Its file carries the bases; `commit` brings it back."""
         from lora_lite.subspace import live  # registers the variant
@@ -291,9 +289,7 @@ def task_names(given: Sequence[str] | None, default: list[str]) -> list[str]:
     return ids
 
 
-def checked_policy(
-    space: str, coefficients: str, threshold: float, k: int | None, adaptive: bool, budget: int | None
-) -> Policy:
+def checked_policy(space: str, coefficients: str, threshold: float, k: int | None, adaptive: bool, budget: int | None) -> Policy:
     if space not in ("feature", "flat"):
         raise ValueError(f'space must be "feature" or "flat", got {space!r}')
     if coefficients not in FEATURE_KINDS:

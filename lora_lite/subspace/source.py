@@ -126,7 +126,9 @@ def checked(task: str, module: str, update: Update) -> Update:
         raise ValueError(f"adapter {task!r}, module {module!r}: A {tuple(A.shape)} and B {tuple(B.shape)} are not (r, d_in) and (d_out, r)")
     bad = [name for name, v in (("A", A), ("B", B)) if not bool(torch.isfinite(v).all())]
     if bad or not math.isfinite(update.scale):
-        raise ValueError(f"adapter {task!r}, module {module!r}: {' and '.join(bad) or 'alpha'} holds NaN or infinite values; nothing was changed")
+        raise ValueError(
+            f"adapter {task!r}, module {module!r}: {' and '.join(bad) or 'alpha'} holds NaN or infinite values; nothing was changed"
+        )
     return update
 
 

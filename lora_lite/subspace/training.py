@@ -52,9 +52,7 @@ class Trainable(dict[str, Parameter]):
 
     def factors(self, c: float = 1.0) -> dict[str, LowRank]:
         """The weight update by layer, to add to a forward pass: y + g (x A^T) B^T."""
-        return {
-            m: LowRank(*expand(self.kind, self.parts(m), p.b, p.a, p.rank, p.sizes), p.scale).scaled(c) for m, p in self.places.items()
-        }
+        return {m: LowRank(*expand(self.kind, self.parts(m), p.b, p.a, p.rank, p.sizes), p.scale).scaled(c) for m, p in self.places.items()}
 
 
 def trainable(state: State, task_id: str, num_expand: int, seed: int) -> Trainable:
@@ -112,7 +110,9 @@ def check(state: State, trained: Trainable, task_id: str) -> None:
     for m, place in trained.places.items():
         layer = state.layers.get(m)
         if layer is None or not (place.bases[0] is layer.b.components and place.bases[1] is layer.a.components):
-            raise ValueError(f"task {task_id!r}, module {m!r}: the bases have changed since training began (absorb, quantize, to or commit)")
+            raise ValueError(
+                f"task {task_id!r}, module {m!r}: the bases have changed since training began (absorb, quantize, to or commit)"
+            )
         if place.b.k > layer.b.k and isinstance(layer.b.components, Packed):
             raise ValueError(f"task {task_id!r}: a quantised basis cannot take private directions; to(dtype=torch.float32) first")
     for n, p in trained.items():

@@ -31,6 +31,7 @@ class DoRA(Variant):
     name = "dora"
     Config = DoRAConfig
     paper = "2402.09353"
+    parameters = "r * (d_in + d_out) + d_out"
     form = "output"
     reads_weight = "step"
 

@@ -34,6 +34,7 @@ class IA3(Variant):
     name = "ia3"
     Config = IA3Config
     paper = "2205.05638"
+    parameters = "d_out"
     form = "output"
 
     @staticmethod
@@ -51,6 +52,7 @@ class IA3FF(Variant):
     name = "ia3_ff"
     Config = IA3FFConfig
     paper = "2205.05638"
+    parameters = "d_in"
     form = "input"
 
     @staticmethod

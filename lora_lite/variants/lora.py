@@ -28,6 +28,7 @@ class LoRA(Variant):
     name = "lora"
     Config = LoRAConfig
     paper = "2106.09685"
+    parameters = "r * (d_in + d_out)"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: LoRAConfig) -> dict[str, ParamSpec]:

@@ -159,6 +159,7 @@ class PiSSA(Variant):
     name = "pissa"
     Config = PiSSAConfig
     paper = "2404.02948"
+    parameters = "r if train == 'spectrum' else r * (d_in + d_out)"
     reads_weight = "init"
     calibration = "optional"
     identity = Identity("bitwise", 'but for ds_init="normal", which starts away from the base on purpose')
