@@ -1,4 +1,4 @@
-"""Which figures of issue 2 hold here? `python -m benchmarks [--device cpu|cuda] [--only NAME ...] [--out FILE.json]`"""
+"""Which figures hold here? `python -m benchmarks [--device cpu|cuda] [--only NAME ...] [--out FILE.json]`"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 import lora_lite
 from benchmarks.measure import Row, Setup
 
-NAMES = ("aa", "decode", "prefill", "train", "dora", "imports", "attach")
+NAMES = ("aa", "decode", "prefill", "train", "dora", "imports", "attach", "history")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,10 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found.append(row)
     if options.out:
         write(options.out, facts, found)
-    judged = [row for row in found if row.verdict]
-    over = [f"{row.benchmark} {row.name}" for row in judged if row.verdict == "over"]
-    print(f"{len(over)} of {len(judged)} figures with a bound are over it: {'; '.join(over) or 'none'}")
+    print(summary(found))
     return 0
+
+
+def summary(found: Sequence[Row]) -> str:
+    """One line: how many figures keep their bound, and the names of those that do not."""
+    judged = [row for row in found if row.verdict]
+    told = [f"{row.verdict}: {row.benchmark} {row.name}" for row in judged if row.verdict != "ok"]
+    return "; ".join([f"{len(judged) - len(told)} of {len(judged)} figures keep their bound", *told])
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -45,9 +45,9 @@ def ours(model: LlamaForCausalLM, config: ll.AdapterConfig | None = None, c: flo
     return twin, adapter
 
 
-def theirs(model: LlamaForCausalLM, like: ll.Adapter | None = None, **options: bool) -> PeftModel:
+def theirs(model: LlamaForCausalLM, like: ll.Adapter | None = None, use_dora: bool = False) -> PeftModel:
     """A tree over `model` in PEFT's hands, with the same factors as `like`; adapters in float32 as PEFT has them by default."""
-    config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", **options)
+    config = LoraConfig(r=R, lora_alpha=ALPHA, target_modules="all-linear", use_dora=use_dora)
     wrapped = get_peft_model(tree(model), config)  # type: ignore[arg-type]
     wrapped.eval()
     if like is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.measure import Row, Setup, exact, ratio_row, time_rounds
 from benchmarks.models import check_same, llama, ours, theirs, tokens
 
-SHAPES = ((2, 64, 20), (4, 128, 8))  # rows, tokens, rounds
+SHAPES = ((2, 64, 24), (4, 128, 10))  # rows, tokens, rounds
 
 
 def rows(setup: Setup) -> Iterator[Row]:

@@ -5,8 +5,9 @@ from loguru import logger
 from lora_lite.adapter import Adapter
 from lora_lite.checkpoint import CheckpointError
 from lora_lite.config import AdapterConfig, RankedConfig
+from lora_lite.history import HistoryBake, disabled, stack
 from lora_lite.lifecycle import adapters, attach, load
-from lora_lite.lowrank import LowRank, stack
+from lora_lite.lowrank import LowRank
 from lora_lite.peft_format import from_peft, to_peft
 from lora_lite.subspace import SharedSubspace, TaskProjection
 from lora_lite.target import Target, find_targets
@@ -33,7 +34,8 @@ logger.disable("lora_lite")  # a library is silent; `logger.enable("lora_lite")`
 
 __all__ = [
     "Adapter", "AdapterConfig", "Base", "CheckpointError", "DeLoRAConfig", "DoRAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig",
-    "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig", "OFTConfig", "ParamSpec",
-    "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SharedSubspace", "Target", "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach",
-    "find_targets", "from_peft", "load", "register", "stack", "to_peft",
+    "HistoryBake", "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig",
+    "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SharedSubspace", "Target", "TaskProjection",
+    "Variant", "VeRAConfig", "__version__", "adapters", "attach", "disabled", "find_targets", "from_peft", "load", "register",
+    "stack", "to_peft",
 ]  # fmt: skip

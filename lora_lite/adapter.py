@@ -89,6 +89,16 @@ class Adapter:
         return list(self._sizes)
 
     @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of each adapted layer."""
+        return dict(self._sizes)
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it acts from inside the weights, by `merge`."""
+        return self._merged is not None
+
+    @property
     def attached(self) -> bool:
         """Whether it acts on a model now, by its hooks or merged into the weights."""
         return self._model is not None

@@ -70,7 +70,8 @@ class Setting:
         assert isinstance(self.c, Tensor)
         if self.c.requires_grad or is_functorch(self.c):  # a kept graph could only be walked backward once
             return rows(self.c, x, routed, path)
-        key = (x.shape[:-1], x.device, x.dtype is torch.float64, routed)
+        # what inference_mode made cannot be saved for a backward later
+        key = (x.shape[:-1], x.device, x.dtype is torch.float64, routed, torch.is_inference_mode_enabled())
         if key not in self._rows:
             self._rows[key] = rows(self.c, x, routed, path)
         return self._rows[key]

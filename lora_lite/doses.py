@@ -45,7 +45,8 @@ class Doses(Setting):
 
     def gains(self, parts: Parts, name: str, x: Tensor, routed: bool, path: str) -> Tensor:
         """The doses on the rank axis, (R,) or (*batch, R), in float32 or wider. Kept by the `name` of these parts: layers share it."""
-        key = (name, x.device, x.dtype is torch.float64, (x.shape[:-1], routed) if self.tensor else None)
+        rows_of = (x.shape[:-1], routed) if self.tensor else None
+        key = (name, x.device, x.dtype is torch.float64, rows_of, torch.is_inference_mode_enabled())
         if (kept := self._rows.get(key)) is None:
             kept = on_ranks(self.columns(x, routed, path), parts, x)
             if not any(dose.tensor and unseen(dose.c) for dose in self.each):

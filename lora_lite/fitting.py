@@ -11,8 +11,9 @@ from loguru import logger
 from torch import Tensor, nn
 
 from lora_lite.base import compare_fingerprint, fingerprint, is_linear, sizes
-from lora_lite.checkpoint import CheckpointError, Contents, check_tensors, read, renamed
+from lora_lite.checkpoint import CheckpointError, Contents, check_tensors, renamed
 from lora_lite.config import AdapterConfig
+from lora_lite.origins import read_any as read
 from lora_lite.variant import variant_of
 
 Path = str | os.PathLike[str]

@@ -12,40 +12,27 @@ DoRAs do not commute. (Input sites run before output sites: a live ia3_ff change
 
 from __future__ import annotations
 
-import re
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lite import compiled, fitting, recompute
 from lora_lite.adapter import Adapter
-from lora_lite.attachment import Reader, all_hooks, fresh_parameter, inner, ledger_of, refuse_merged, targets_by_name, unwrapped
+from lora_lite.attachment import all_hooks, inner, ledger_of, refuse_merged, targets_by_name, unwrapped
 from lora_lite.baked import Baked, Content, HistoryHook, history_hooks
 from lora_lite.base import fingerprint, refusal
-from lora_lite.config import AdapterConfig
 from lora_lite.dial import DIALS, Block, Coefficient
 from lora_lite.doses import DoseDial, Doses
-from lora_lite.hooks import HOOKS
+from lora_lite.keeping import as_lora, extended, kept_of, lora_config, without
 from lora_lite.target import Target
-from lora_lite.variants import LoRAConfig
 
 Pairs = Sequence[tuple[Adapter, Coefficient]]
 Gate = Adapter | Callable[[], Any] | None
-_NAMING = threading.Lock()
-
-
-class Kept(NamedTuple):
-    """What a history remembers of an adapter beside its tensors."""
-
-    name: str
-    config: AdapterConfig
-    sizes: Mapping[str, tuple[int, int]]
-    form: str
+_NUMBERING = threading.Lock()
 
 
 class HistoryBake:
@@ -66,21 +53,18 @@ class HistoryBake:
 
     def __init__(self, model: nn.Module, adapters: Pairs = (), gate: Gate = None, strict_base: bool = True) -> None:
         self._model = unwrapped(model)
-        with _NAMING:
-            taken = {hook.shared.name for _, _, hook in all_hooks(self._model)}
-            name = next(name for i in range(len(taken) + 1) if (name := f"history {i}") not in taken)
-            self._baked = Baked(name, DoseDial((), name), ledger_of(self._model))
-            self.set_gate(gate)
-            moved = self._baked.dial.moved
-            self._extend(as_pairs(adapters), strict_base)
-            self._baked.dial.moved = moved  # what it starts with is not a move: Dial.stale
+        self._baked = Baked(DoseDial((), "history"), ledger_of(self._model))
+        self.set_gate(gate)
+        moved = self._baked.dial.moved
+        self._extend(as_pairs(adapters), strict_base)
+        self._baked.dial.moved = moved  # what it starts with is not a move: Dial.stale
 
     @classmethod
     def of(cls, model: nn.Module) -> list[HistoryBake]:
         """The histories on a model, the oldest first; also on a copy or an unpickled model, which carries its own."""
         model = inner(model)
         found = dict.fromkeys(hook.shared for _, _, hook in all_hooks(model) if isinstance(hook, HistoryHook))
-        return [cls._handle(model, baked) for baked in sorted(found, key=lambda baked: int(baked.name.split()[1]))]
+        return [cls._handle(model, baked) for baked in sorted(found, key=lambda baked: baked.number)]
 
     @classmethod
     def _handle(cls, model: nn.Module, baked: Baked) -> HistoryBake:
@@ -181,6 +165,16 @@ class HistoryBake:
 
     def _extend(self, pairs: Pairs, strict_base: bool) -> None:
         """All or nothing: everything is checked and cloned before a layer is touched."""
+        with _NUMBERING:  # two threads that each open a stack on this model must not take one number
+            if not self._baked.kept:
+                others = [hook.shared.number for _, _, hook in all_hooks(self._model) if isinstance(hook, HistoryHook)]
+                self._baked.number = max(others, default=-1) + 1
+                self._baked.dial.name = self._baked.name
+            self._extend_numbered(pairs, strict_base)
+        recompute.install()
+        compiled.notice_hooks()
+
+    def _extend_numbered(self, pairs: Pairs, strict_base: bool) -> None:
         baked, before = self._baked, len(self)
         doses = Doses((*self.coeffs, *(c for _, c in pairs)))  # a bad c fails first
         contents: dict[tuple[str, str], tuple[Target, Content]] = {}
@@ -196,8 +190,6 @@ class HistoryBake:
         for (path, site), (target, content) in contents.items():
             hook = history_hooks(target.module, baked).get(site) or HistoryHook(site, path, target.routed, baked)
             hook.hold(target.module, content)
-        recompute.install()
-        compiled.notice_hooks()
 
     def _targets(self, adapter: Adapter, strict_base: bool) -> list[Target]:
         """The adapter's layers on this model, once it is clear that they can carry it."""
@@ -209,7 +201,7 @@ class HistoryBake:
         if also := adapter.also():
             raise RuntimeError(f"adapter {name!r} also trains {sorted(also)}, which a history cannot hold; attach it instead")
         refuse_merged(ledger_of(model))
-        targets = targets_by_name(model, adapter._sizes)
+        targets = targets_by_name(model, adapter.sizes)
         if problems := [r for t in targets if (r := refusal(t.name, t.module, adapter.variant.reads_weight != "never"))]:
             raise RuntimeError(f"{len(problems)} of {len(targets)} layers cannot carry {name!r}: " + "; ".join(problems[:3]))
         if wrong := [key for key, value in adapter.state_dict().items() if not bool(torch.isfinite(value).all())]:
@@ -231,67 +223,6 @@ def as_pairs(adapters: Pairs) -> Pairs:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], Adapter):
             raise TypeError(f"a history takes (adapter, c) pairs, e.g. [(kind, 1.0), (brief, 0.5)]; got {pair!r}")
     return [(adapter, c) for adapter, c in adapters]
-
-
-def kept_of(adapter: Adapter) -> Kept:
-    return Kept(adapter.name, adapter.config, dict(adapter._sizes), adapter.variant.form)
-
-
-@torch.no_grad()
-def extended(now: Content, baked: Baked, target: Target, place: int, adapter: Adapter) -> Content:
-    """What a layer holds with one more adapter: clones, without gradients, on the layer's device."""
-    like: Any = target.module.weight
-    if adapter.variant.form == "low-rank":
-        A, B, g = adapter.factors()[target.name]
-        pair = {"lora_A": (g[:, None] if isinstance(g, Tensor) else g) * A, "lora_Bt": B.T.contiguous()}
-        tensors = {baked.on_layer(f): value.to(like.device) for f, value in pair.items()}
-        if now.parts:
-            tensors = {name: torch.cat([now.tensors[name], value]) for name, value in tensors.items()}
-        new = {name: fresh_parameter(value, like, False) for name, value in tensors.items()}
-        return Content((*now.parts, (place, A.shape[0])), now.members, {**now.tensors, **new})
-    variant, held = adapter.variant, adapter.tensors()[target.name]
-    names = {f: baked.on_layer(f, place) for f in held}
-    cfg = adapter.config.at(target.name, target.d_in, target.d_out)
-    reader = Reader(target.module, target.d_in, target.d_out, variant.reads_weight == "step")
-    member = HOOKS[variant.form](baked.dial, target.name, names, (), variant, cfg, reader, target.routed, baked)
-    member.dropout = 0.0  # what is kept is no longer trained
-    new = {names[f]: fresh_parameter(value, like, False) for f, value in held.items()}
-    return Content(now.parts, (*now.members, (place, member)), {**now.tensors, **new})
-
-
-@torch.no_grad()
-def without(hook: HistoryHook, layer: nn.Module, place: int) -> Content:
-    """What a layer holds without the adapter at `place`, the last one."""
-    parts, members, tensors = hook.content(layer)
-    gone = {name for i, member in members if i == place for _, name in member.fields}
-    kept = {name: value for name, value in tensors.items() if name not in gone}
-    if parts and parts[-1][0] == place:
-        R = sum(r for _, r in parts[:-1])
-        cut = {name: kept.pop(name)[:R] for name in (hook.A, hook.Bt)}
-        kept |= {name: fresh_parameter(value, value, False) for name, value in cut.items()} if R else {}
-        parts = parts[:-1]
-    return Content(parts, tuple(m for m in members if m[0] != place), kept)
-
-
-@torch.no_grad()
-def as_lora(hook: HistoryHook, layer: nn.Module, doses: Sequence[float]) -> dict[str, Tensor]:
-    """The additive pair with the doses in B."""
-    tensors = hook.content(layer).tensors
-    Bt = tensors[hook.Bt]
-    gains = torch.tensor([doses[place] for place, r in hook.parts for _ in range(r)], dtype=Bt.dtype, device=Bt.device)
-    return {"lora_A": tensors[hook.A].detach().clone(), "lora_B": (Bt * gains[:, None]).T.contiguous()}
-
-
-def lora_config(ranks: Mapping[str, int], tensors: Mapping[str, Mapping[str, Tensor]]) -> LoRAConfig:
-    """A config whose scale is 1 at every layer, whatever its rank."""
-    ((r, n),) = Counter(ranks.values()).most_common(1)
-    order = sorted(ranks, key=len, reverse=True)  # a pattern matches the end of a path: the longest first
-    pattern = {} if n == len(ranks) else {re.escape(target): ranks[target] for target in order}
-    dtype = next(iter(tensors.values()))["lora_A"].dtype
-    return LoRAConfig(
-        targets=tuple(re.escape(target) for target in ranks), r=r, alpha=float(r), dtype=dtype,
-        rank_pattern=pattern, alpha_pattern={key: float(value) for key, value in pattern.items()},
-    )  # fmt: skip
 
 
 @contextmanager

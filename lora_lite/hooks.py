@@ -183,7 +183,7 @@ def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor) -> Te
         return Mixed.apply(y, x, A, B, scale)  # type: ignore[return-value]
     h = F.linear(x, A if A.dtype is x.dtype else A.to(x.dtype))
     if scale is None:
-        h, scale = (h * (c if type(g) is float and g == 1.0 else c * g)).to(h.dtype), 1.0
+        h, scale = (h * (c * g)).to(h.dtype), 1.0
     B = B if B.dtype is h.dtype else B.to(h.dtype)
     if h.dtype is y.dtype and y.numel() > FEW_ROWS * y.shape[-1]:
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=scale).view(y.shape)

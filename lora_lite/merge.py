@@ -38,13 +38,13 @@ def folded(layer: nn.Module, hook: Hook, c: float) -> Folded:
         A, B, g = hook.variant.factors(hook.cfg, hook.tensors(layer), hook.base.sizes)
         new_W, new_b = W.to(wide) + LowRank(A.to(wide), B.to(wide), c * g).dense(), b
     else:
-        new_W, new_b = _measured(layer, hook, c, W.to(wide), b)
+        new_W, new_b = measured(layer, hook, c, W.to(wide), b)
     new_W = new_W.to(W.dtype)
     stored = new_W.T.contiguous() if transposed(layer) else new_W
     return Folded(_frozen(stored), None if new_b is None or bias is None else _frozen(new_b.to(bias.dtype)))
 
 
-def _measured(layer: nn.Module, hook: Hook, c: float, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def measured(layer: nn.Module, hook: Hook, c: float, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Every method here is affine in x at a fixed c, so its effect on the unit vectors and on zero is all of it."""
     d_in = W.shape[1]
     x = torch.cat([torch.eye(d_in, dtype=W.dtype, device=W.device), W.new_zeros(1, d_in)])

@@ -28,6 +28,7 @@ import torch
 from beartype import BeartypeConf, beartype
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from loguru import logger
 
 UNTYPED = os.environ.get("LORA_LITE_UNTYPED") == "1"
 VERDICTS = "LORA_LITE_VERDICTS"  # in the child: the file that each report is appended to
@@ -67,6 +68,7 @@ def seed() -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     seed()
+    logger.disable("lora_lite")  # as it is when imported; the command line's tests let it speak
 
 
 @pytest.hookimpl(tryfirst=True)

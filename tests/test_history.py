@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_lite as ll
 from lora_lite.baked import HistoryHook
 from lora_lite.history import HistoryBake, disabled, stack
-from tests.models import VARIANTS, attach, llama, mlp, normal, opt, randomise, single, t5, token_ids
+from tests.models import VARIANTS, Odd, Single, attach, llama, mlp, normal, opt, randomise, single, t5, token_ids
 from tests.references import assert_close, assert_differs, bits, reference, same_bits
 
 F64 = torch.float64
@@ -330,6 +330,38 @@ def test_push_and_pop_and_remove(names: Sequence[str]) -> None:
     assert everything(model) == before
 
 
+def test_histories_beside_each_other() -> None:
+    """The older first, also where it came to a layer later; each has tensors and doses of its own."""
+    model = single(12, 8, dtype=F64)
+    before = everything(model)
+    one, other, third = kept(model, ("dora", "dora", "lora"))
+    older, younger = HistoryBake(model), HistoryBake(model)
+    older.push(third, 0.0)
+    younger.push(other, 0.8)
+    older.push(one, -0.7)
+    assert_close(model(X), ordered(model.linear, [(one, -0.7), (other, 0.8)], X))
+    assert_differs(model(X), ordered(model.linear, [(other, 0.8), (one, -0.7)], X))
+    ages = HistoryBake.of(model)
+    assert [h.names for h in ages] == [["kept2", "kept0"], ["kept1"]] and [h.coeffs for h in ages] == [(0.0, -0.7), (0.8,)]
+    younger.set_coeff(0, 0.0)
+    assert_close(model(X), ordered(model.linear, [(one, -0.7)], X))
+    older.remove()
+    assert same_bits(model(X), ordered(model.linear, [], X))
+    younger.remove()
+    assert everything(model) == before
+
+
+def test_an_older_history_that_comes_to_a_layer_later_still_acts_first() -> None:
+    model = mlp(F64)
+    first, second = kept(model, ("ia3",), targets="up"), kept(model, ("dora",), targets="down")
+    (late,) = kept(model, ("dora",), targets="down")
+    older, younger = HistoryBake(model, pairs(first)), HistoryBake(model, pairs(second))
+    older.push(late, 1.0)
+    hooks = list(model.get_submodule("layers.0.down")._forward_hooks.values())
+    assert [h.names for h in HistoryBake.of(model)] == [["kept0", "kept0"], ["kept0"]]
+    assert [hook.shared for hook in hooks] == [older._baked, younger._baked]
+
+
 def test_flags_of_the_base_are_the_bases() -> None:
     model = mlp(F64)
     (adapter,) = kept(model, ("lora",))
@@ -360,6 +392,27 @@ def test_in_lower_precision(dtype: torch.dtype) -> None:
     assert same_bits(model(X.to(dtype)), base)
 
 
+def test_under_autocast_and_inference_mode() -> None:
+    model, exact = mlp(torch.float32), mlp(torch.float32)
+    adapters = kept(model, STACKS["all"], dtype=torch.float32)
+    HistoryBake(exact, pairs(adapters))
+    x = X.float()
+    with torch.inference_mode():
+        history = HistoryBake(model, pairs(adapters))
+        assert same_bits(model(x), exact(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_bits(model(x), exact(x))
+        low = model(x).float()
+    assert_close(low, model(x), tolerance=0.15)
+    assert_differs(low, model(x), "bfloat16 and float32")
+    history.set_coeff(0, ROWS)
+    with torch.inference_mode():
+        model(x)
+    seen = x.requires_grad_()
+    model(seen).sum().backward()  # what inference mode made can still be differentiated through
+    assert seen.grad is not None and len(history) == len(adapters)
+
+
 # --- the gate ----------------------------------------------------------------------------------------------------------
 
 GATES: dict[str, Callable[[ll.Adapter], Any]] = {"adapter": lambda a: a, "callable": lambda a: lambda: a.c != 0}
@@ -388,6 +441,27 @@ def test_a_shut_gate_is_the_base_bit_for_bit(names: Sequence[str], gate: Callabl
     history.set_gate(None)
     with adapter(model, c=0.0):
         assert same_bits(model(X), opened)
+
+
+@each_stack
+def test_rows_at_zero_keep_the_bits_of_what_is_no_number(names: Sequence[str]) -> None:
+    model = Single(Odd(12, 8).double()).requires_grad_(False)
+    x = X.clone()
+    x[..., :4] = torch.tensor([torch.nan, torch.inf, -0.0, 0.0], dtype=F64)
+    base = model(x)
+    rows = torch.tensor([0.0, 1.0, 0.0], dtype=F64)
+    with stack(model, pairs(kept(model, names), [rows] * len(names))):
+        found = model(x)
+    assert same_bits(found[::2], base[::2]) and not same_bits(found[1], base[1])
+
+
+def test_what_is_kept_is_no_longer_dropped_out() -> None:
+    model = mlp(F64).train()
+    adapters = kept(model, ("lora", "dora"), dropout=0.5)
+    HistoryBake(model, pairs(adapters))
+    assert same_bits(model(X), model(X))
+    ll.attach(model, adapters[0])
+    assert not same_bits(model(X), model(X))
 
 
 def test_a_shut_gate_costs_nothing_but_the_hook() -> None:
@@ -613,6 +687,16 @@ def test_doses_can_be_trained(names: Sequence[str]) -> None:
 
     optimizer.step(closure)  # type: ignore[arg-type]
     assert_close(doses, torch.tensor([1.3, -0.4], dtype=F64), tolerance=1e-4)
+
+
+def test_trained_doses_keep_their_gradients_after_a_forward_without() -> None:
+    model = mlp(F64)
+    dose = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    with stack(model, [(kept(model, ("lora",))[0], dose)]):
+        with torch.no_grad():
+            model(X)
+        first, second = (torch.autograd.grad(model(X).square().sum(), dose)[0] for _ in range(2))
+    assert float(first) == float(second) != 0.0
 
 
 # --- copies ------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite import fitting
 from lora_lite.origins import read_any
 from tests.models import mlp, normal
 from tests.references import assert_close, assert_differs, same_bits
@@ -20,11 +19,6 @@ from tests.references import assert_close, assert_differs, same_bits
 NAMES = [f"layers.{i}.{side}" for i in range(1, 3) for side in ("up", "down")]
 X = normal(3, 12, seed=9, dtype=torch.float64)
 SAID = {"r": "4", "alpha": "6.0", "targets": "up,down", "layer_range": "0.34,1.0"}
-
-
-@pytest.fixture(autouse=True)
-def origins_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "read", read_any)  # until fitting imports it by itself
 
 
 def base() -> Any:

@@ -174,7 +174,7 @@ model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 x = torch.randn(7, 6)
 base = model(x)
 data = {"0": torch.randn(20, 6), "2": torch.randn(20, 5)}
-for config, seen in ((LoRAXSConfig(r=4, alpha=2.0), None), (ScaledLoRAXSConfig(r=4, alpha=2.0), data)):
+for config, seen in ((LoRACoreConfig(r=4, alpha=2.0), None), (ScaledLoRACoreConfig(r=4, alpha=2.0), data)):
     adapter = ll.attach(model, config, calibration_data=seen, seed=0)
     assert torch.equal(model(x), base) and adapter.num_parameters() == 4 * 4 + 3 * 3
     model(x).square().sum().backward()

@@ -25,6 +25,7 @@ ROOMS = (
     "table",
     "steering",
     "history",
+    "keeping",
     "peft_format",
     "subspace",
     "lifecycle",

@@ -9,14 +9,14 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import generator, mlp
+from models import generator, llama, mlp, randomise, token_ids
 from subspaces import MODULES, collection_error, family, of, relative_error, snapshot, updates
 from torch import Tensor
 
@@ -326,6 +326,10 @@ def with_value(adapter: ll.Adapter, module: str, value: float) -> ll.Adapter:
     return adapter
 
 
+def spoilt(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach() * float("nan") for name, p in params.items()}
+
+
 BAD: dict[str, tuple[Callable[[SharedSubspace], Any], type[Exception], str]] = {
     "nan": (lambda s: s.absorb(with_value(family(1)[0], MODULES[1], float("nan")), "bad"), ValueError, r"'bad'.*layers\.1.*NaN"),
     "inf": (lambda s: s.project(with_value(family(1)[0], MODULES[1], float("inf")), "bad"), ValueError, r"'bad'.*layers\.1.*infinite"),
@@ -339,7 +343,7 @@ BAD: dict[str, tuple[Callable[[SharedSubspace], Any], type[Exception], str]] = {
     "unknown to train": (lambda s: s.get_trainable_params("nobody"), KeyError, "nobody"),
     "bits": (lambda s: s.quantize(3), ValueError, "4 or 8"),
     "dtype": (lambda s: s.to(dtype=torch.int8), ValueError, "floating"),
-    "nan trained": (lambda s: s.commit({k: v.detach() * float("nan") for k, v in s.get_trainable_params("task_0").items()}, "task_0"), ValueError, "task_0.*NaN"),
+    "nan trained": (lambda s: s.commit(spoilt(s.get_trainable_params("task_0")), "task_0"), ValueError, "task_0.*NaN"),
 }  # fmt: skip
 
 
@@ -565,7 +569,60 @@ def test_a_state_does_not_change_under_its_reader():
     assert snapshot(held) == before != snapshot(sub)
 
 
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    yield
-    torch.set_default_dtype(torch.float32)
+# --- 11: to PEFT ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_exported_to_peft_it_does_the_same(dtype: torch.dtype, rslora: bool, tmp_path: Path):
+    """The reference is the original adapter on the model, never what was reconstructed."""
+    from peft import PeftModel
+
+    ids = token_ids(2, 7)
+    config = ll.LoRAConfig(r=3, alpha=5.0, rslora=rslora, targets=("q_proj", "v_proj"), rank_pattern={"v_proj": 2}, dtype=dtype)
+    adapters, model = [], llama()
+    for i in range(4):
+        adapters.append(randomise(ll.attach(model, config, seed=i), seed=i, std=0.2))
+        if i == 2:
+            want = model(ids).logits.detach()
+        adapters[-1].detach()
+    plain = model(ids).logits.detach()
+    sub = of(adapters, variance_threshold=1.0)
+    adapter = ll.attach(model, sub.reconstruct("task_2"))
+    ll.to_peft(adapter, tmp_path / "folder")
+    adapter.detach()
+    exported = PeftModel.from_pretrained(llama(), tmp_path / "folder")(ids).logits
+    tolerance = 1e-5 if dtype is torch.float32 else 1e-2  # a 16-bit adapter's own forward rounds to 16 bits
+    assert float((exported - want).abs().max()) < tolerance * float(want.abs().max())
+    assert float((want - plain).abs().max()) > 0.05 * float(want.abs().max())
+
+
+# --- nothing to share ---------------------------------------------------------------------------------------------------------------
+
+
+@each_form
+def test_an_adapter_that_does_nothing_yet_is_taken_too(form: dict[str, Any], tmp_path: Path):
+    """A fresh LoRA has B = 0: no direction on either side. Then one that has some."""
+    empty = family(2)
+    for a in empty:
+        with torch.no_grad():
+            for fields in a.tensors().values():
+                fields["lora_B"].zero_()
+    sub = of(empty, num_components=6, **form)
+    assert all(float(w.abs().max()) == 0 for w in updates(sub.reconstruct("task_0")).values())
+    if form.get("coefficients") != "diag":
+        sub.absorb(family(1, seed=3)[0], "new")
+        assert relative_error(family(1, seed=3)[0], sub.reconstruct("new")) < 1e-5
+        assert all(float(w.abs().max()) < 1e-5 for w in updates(sub.reconstruct("task_0")).values())
+    sub.quantize(4).save(tmp_path / "tasks")
+    assert snapshot(SharedSubspace.load(tmp_path / "tasks")) == snapshot(sub)
+
+
+@each_form
+def test_one_adapter_alone_and_none_left(form: dict[str, Any]):
+    sub = of(family(1), num_components=6, **form)
+    sub.remove_task("task_0")
+    assert sub.tasks == [] and sub.compression_stats()["num_tasks"] == 0
+    if form.get("coefficients") != "diag":
+        sub.absorb(family(1)[0], "again")
+        assert relative_error(family(1)[0], sub.reconstruct("again")) < 1e-5

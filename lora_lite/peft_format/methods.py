@@ -48,6 +48,8 @@ class Method:
     turn      (ours, at, c) -> tensors that do at c = 1 what ours do at c; None where the method cannot say a c
     writes    whether ours are written as this method
     refuses   why a config of this kind cannot be read, or None
+    inert     what its config may hold beside its options
+    fill      PEFT's tensors -> the same with what the file may leave out, before their shapes are checked
     """
 
     peft_type: str
@@ -66,6 +68,8 @@ class Method:
     turn: Callable[[Fields, At, float], Fields] | None = None
     writes: bool = True
     refuses: Callable[[Config], str | None] = nothing
+    inert: frozenset[str] = frozenset()
+    fill: Convert = numbers.same
 
 
 # What a config may hold without changing what the adapter computes, beside the options of its method.
@@ -119,6 +123,13 @@ def feeds_forward(config: Mapping[str, Any], name: str) -> bool:
     return ends(modules, name) if isinstance(modules, str) else any(name.endswith(end) for end in modules)
 
 
+def no_alpha(config: Config) -> str | None:
+    alpha = config.get("lora_alpha", 8)
+    return (
+        None if isinstance(alpha, int | float) and alpha > 0 else f"lora_alpha={alpha!r}: PEFT then scales by the rank, which is not read"
+    )
+
+
 def other_blocks(config: Config) -> str | None:
     start = config.get("init_weights", True)
     return f"init_weights={start!r} is another method than MiSS" if start in ("bat", "mini") else None
@@ -156,6 +167,12 @@ METHODS: tuple[Method, ...] = (
     Method(
         peft_type="LORA", variant="lora", keys=AB, options=(*RANKED, Option("rslora", "use_rslora", False)),
         says=LORA_SAYS, turn=scaled("lora_B"), refuses=changes_the_base,
+    ),
+    Method(  # the schedule is over: what it left is a LoRA, whose scale PEFT keeps at alpha / init_r whatever rank is left
+        peft_type="ADALORA", variant="lora", keys={"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}, writes=False,
+        options=(Option("r", "init_r", 12), Option("alpha", "lora_alpha", 8), Option("dropout", "lora_dropout", 0.0)),
+        inert=frozenset(("r", "rank_pattern", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")),
+        fill=numbers.adalora_fill, read=numbers.adalora_read, write=numbers.adalora_write, refuses=no_alpha,
     ),
     Method(
         peft_type="IA3", variant="ia3", keys={"lora_l": "ia3_l"}, layers=lambda config, name: not feeds_forward(config, name),

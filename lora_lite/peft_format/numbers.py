@@ -89,6 +89,25 @@ def pissa_read(p: Fields, at: At) -> Fields:
     return {"lora_A": A - A0, "lora_B": B - B0, "lora_A0": A0, "lora_B0": B0}
 
 
+def adalora_fill(p: Fields, at: At) -> Fields:
+    """Ranks that the schedule took away are not in the file: back come zeros, which add nothing."""
+    A, B, E = (p.get(field) for field in ("lora_A", "lora_B", "lora_E"))
+    if A is None or B is None or E is None or not A.dim() == B.dim() == E.dim() == 2 or not len(A) == len(E) == B.shape[1] <= at.cfg.r:
+        return p  # refused with the other shapes
+    more, pad = at.cfg.r - len(A), torch.nn.functional.pad
+    return {"lora_A": pad(A, (0, 0, 0, more)), "lora_B": pad(B, (0, more)), "lora_E": pad(E, (0, 0, 0, more))}
+
+
+def adalora_read(p: Fields, at: At) -> Fields:
+    """B (E * A) alpha / (r + 1e-5)."""
+    r = at.cfg.r
+    return {"lora_A": p["lora_A"] * p["lora_E"], "lora_B": p["lora_B"] * (r / (r + 1e-5))}
+
+
+def adalora_write(p: Fields, at: At) -> Fields:
+    return {**p, "lora_E": torch.ones(at.cfg.r, 1)}
+
+
 def gate_read(column: bool) -> Convert:
     def read(p: Fields, at: At) -> Fields:
         gate = p["lora_l"]

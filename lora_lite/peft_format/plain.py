@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -46,10 +46,10 @@ def plain_updates(adapter: Adapter, c: float, approximate: bool, r: int | None) 
 
 
 def exact_updates(adapter: Adapter, c: float) -> dict[str, LowRank] | None:
-    variant: Any = adapter.variant
+    variant = adapter.variant
     if variant.form == "low-rank":
         return {t: precise(u) for t, u in adapter.factors(c).items()}
-    if not getattr(variant, "exact_low_rank", ""):
+    if variant.exact_low_rank == "no" or (c != 1.0 and not variant.linear_in_c):
         return None
     found = {}
     for t, (layer, hook) in places(adapter).items():
@@ -98,7 +98,7 @@ def dense_change(layer: nn.Module, hook: Hook, c: float) -> tuple[Tensor, Tensor
     W, bias = dense_weight(layer).detach(), layer._parameters.get("bias")
     wide = torch.promote_types(W.dtype, torch.float32)
     W, b = W.to(wide), None if bias is None else bias.detach().to(wide)
-    new_W, new_b = merge._measured(layer, hook, c, W, b)
+    new_W, new_b = merge.measured(layer, hook, c, W, b)
     return new_W - W, None if new_b is None or b is None else new_b - b
 
 

@@ -81,7 +81,7 @@ def converted(model: nn.Module, found: Folder, part: str | None) -> tuple[Conten
     method, here = chosen(found, candidates, named, part)
     config = config_of(method, found)
     ats = {t: At(own_config(found, config, t, sizes(layers[t])), *sizes(layers[t]), layers[t], t) for t in here}
-    theirs = {t: sorted_keys.tensors[t] | corners(method, ats[t], sorted_keys.shared) for t in here}
+    theirs = {t: {**method.fill(sorted_keys.tensors[t], ats[t]), **corners(method, ats[t], sorted_keys.shared)} for t in here}
     check_shapes(found, method, ats, theirs)
     dtype = common_dtype(theirs)
     tensors = {t: dict(method.read({f: v.to(dtype) for f, v in p.items()}, ats[t])) for t, p in theirs.items()}
@@ -137,7 +137,7 @@ def known_methods(found: Folder) -> list[Method]:
     if not candidates:
         known = listed(sorted({m.peft_type for m in METHODS}), 20)
         raise CheckpointError(f"{found.source} is of peft_type {shown(repr(kind))}; read are {known}")
-    options = {option.theirs for m in candidates for option in m.options} | {key for m in candidates for key in m.when}
+    options = {name for m in candidates for name in (*(o.theirs for o in m.options), *m.when, *m.inert)}
     strange = {k: v for k, v in found.config.items() if k not in INERT and k not in options and not any(v is o or v == o for o in OFF)}
     problems = [f"{shown(k)}={shown(repr(v), 60)}" for k, v in strange.items()]
     if problems:

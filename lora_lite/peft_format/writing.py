@@ -124,7 +124,7 @@ def known(adapter: Adapter) -> Method:
 def native(adapter: Adapter, c: float) -> Written:
     """The same method in PEFT's words. At c = 1 tensors that PEFT keeps as we do go over bit for bit."""
     method = known(adapter)
-    ats = {t: At(adapter.config.at(t, *size), *size, bare_layer(adapter, t), t) for t, size in adapter._sizes.items()}
+    ats = {t: At(adapter.config.at(t, *size), *size, bare_layer(adapter, t), t) for t, size in adapter.sizes.items()}
     check_sayable(adapter, method, ats, c)
     held = {t: {field: p.detach() for field, p in fields.items()} for t, fields in adapter.tensors().items()}
     held, whole = in_common(method, held)
@@ -175,7 +175,7 @@ def absorbed(target: str, p: Tensors, field: str, into: str, largest: Tensor) ->
 
 def bare_layer(adapter: Adapter, target: str) -> Any:
     """The layer, where its own weight is on it."""
-    return None if adapter.model is None or adapter._merged is not None else adapter.model.get_submodule(target)
+    return None if adapter.model is None or adapter.is_merged else adapter.model.get_submodule(target)
 
 
 def plain(adapter: Adapter, c: float, approximate: bool, r: int | None) -> Written:

@@ -1,4 +1,4 @@
-"""How does a subspace take in, give up, or requantise, without its old tasks losing more than it says? Each function: a state in, a new one out."""
+"""How does a subspace take in, give up or quantise, without its old tasks losing more than it says? A state in, a new state out."""
 
 from __future__ import annotations
 

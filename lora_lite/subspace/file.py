@@ -130,9 +130,8 @@ def check_ours(source: str, metadata: Mapping[str, str], head: Mapping[str, Any]
         hint = " It is an adapter: ll.load(model, path) attaches it." if found == checkpoint.FORMAT else ""
         raise CheckpointError(f"{source} was not saved by SharedSubspace.save: its format is {shown(repr(found))}.{hint}")
     if metadata.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{source} has subspace format version {shown(str(metadata.get('format_version')))}; lora_lite {__version__} reads {FORMAT_VERSION}"
-        )
+        version = shown(str(metadata.get("format_version")))
+        raise CheckpointError(f"{source} has subspace format version {version}; lora_lite {__version__} reads {FORMAT_VERSION}")
 
 
 def restored(said: dict[str, Any], flat: dict[str, Tensor]) -> State:
@@ -213,5 +212,5 @@ def check_layer(kind: Kind, x: Layer) -> None:
         or (len(x.b.energy), len(x.a.energy)) != (kb, ka)
     ):
         raise ValueError(
-            f"a layer {x.d_in} -> {x.d_out} with bases {x.b.components.shape}, {x.a.components.shape} has parts {[p.shape for p in x.parts]}"
+            f"a layer {x.d_in} -> {x.d_out} on {kb} and {ka} directions for {n} tasks has parts {[tuple(p.shape) for p in x.parts]}"
         )

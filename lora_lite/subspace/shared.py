@@ -96,7 +96,8 @@ class SharedSubspace:
     ) -> SharedSubspace:
         """The same from files of `adapter.save`, one layer of all of them in memory at a time: the same numbers as in batch.
 
-        Ids are the files' names without ending, or their folders' where those repeat, unless given. num_components=None leaves k to the threshold or the budget.
+        Ids are the files' names without ending, or their folders' where those repeat, unless given.
+        num_components=None leaves k to the threshold or the budget.
         """
         ids = task_names(task_ids, file_names(paths))
         fixed = None if budget_bytes is not None else num_components
@@ -165,7 +166,8 @@ class SharedSubspace:
     def __repr__(self) -> str:
         state = self._state
         held = f"int{state.bits}" if state.bits else "dense"
-        return f"SharedSubspace({len(state.configs)} tasks, {len(state.layers)} layers, {state.space}/{state.kind}, {held}, {state.nbytes:,} bytes)"
+        what = f"{len(state.configs)} tasks, {len(state.layers)} layers, {state.space}/{state.kind}, {held}"
+        return f"SharedSubspace({what}, {state.nbytes:,} bytes)"
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
@@ -222,7 +224,8 @@ class SharedSubspace:
         return live.live(self._state, config, targets, name, seed)
 
     def commit(self, trained: Mapping[str, Tensor] | Adapter, task_id: str) -> None:
-        """Keep what was trained as the task's coefficients, replacing it if it is there. Raises ValueError when the bases moved meanwhile."""
+        """Keep what was trained as the task's coefficients, replacing it if it is there. Raises ValueError when the
+        bases moved meanwhile."""
         with self._writing:
             if isinstance(trained, Adapter):
                 from lora_lite.subspace import live

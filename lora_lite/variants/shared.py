@@ -74,7 +74,7 @@ class SharedConfig(AdapterConfig):
     def at(self, target: str, d_in: int, d_out: int) -> Self:
         if target not in self.rooms:
             raise ValueError(
-                f"no bases for the layer {target!r}: ll.attach(model, SharedConfig(...), shared=sub) brings them, for {list(self.rooms)[:3]}"
+                f"no bases for layer {target!r}: ll.attach(model, SharedConfig(...), shared=sub) brings them, to {list(self.rooms)[:2]}"
             )
         return dataclasses.replace(self, rooms={target: self.rooms[target]})
 
