@@ -218,5 +218,5 @@ def test_the_readme_runs_as_it_stands(tmp_path: Path):
     assert len([line for line in example.splitlines() if line]) == 10
     code = "\n".join([example, *more]).replace('"Qwen/Qwen3-0.6B"', repr(str(tmp_path / "model")))
     assert "Qwen" not in code
-    printed = python(code.replace("kind.safetensors", str(tmp_path / "kind.safetensors")).replace("\\n", "\n"))
+    printed = python(code.replace('"kind', f'"{tmp_path}/kind').replace("\\n", "\n"))
     assert "Adapter('default': lora r=16" in printed and "second" in printed
