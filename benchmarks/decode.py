@@ -61,7 +61,7 @@ class Variants:
             "base": self.base, "own weights": self.moved, "no-op hooks": self.hooked, "attached": self.attached,
             "off at rest": self.off, "merged": self.merged, "PEFT": self.peft,
         }  # fmt: skip
-        per_row = torch.linspace(0.5, 1.5, ids.shape[0])
+        per_row = torch.linspace(0.5, 1.5, ids.shape[0], device=ids.device)
         turned = {"off in a block": 0.0, "one c per row": per_row}
         return {name: partial(forward, model, ids) for name, model in still.items()} | {
             name: partial(forward_at, self.attached, self.adapter, c, ids) for name, c in turned.items()

@@ -95,11 +95,15 @@ class HistoryHook(Hook):
         elif self.handle is None:
             self.install(layer)
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor | None = None) -> Any:
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any = None, y: Tensor | None = None) -> Any:
+        if y is None and self.site == "output":  # as Hook.__call__
+            y, kwargs = kwargs, {}
         x = args[0] if args else next(iter(kwargs.values()))
         new = self.traced(layer, x, y) if torch.compiler.is_compiling() else self.dosed(layer, x, y)  # type: ignore[arg-type]
         if new is None or self.site == "output":
             return new
+        if kwargs is None:
+            return (new, *args[1:])
         return ((new, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): new})
 
     def dosed(self, layer: nn.Module, x: Tensor, y: Tensor | None) -> Tensor | None:

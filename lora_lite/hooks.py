@@ -32,6 +32,7 @@ class Hook:
     """
 
     site = "output"
+    additive = False  # adds something that does not depend on what other hooks made of y
 
     def __init__(
         self,
@@ -103,8 +104,13 @@ class Hook:
         """What comes out of this hook at c: y changed, or x changed at an input site. No zero rule, no ambient state."""
         raise NotImplementedError
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor | None = None) -> Any:
-        """`apply` at the c that is in force, under the zero rule: c = 0 keeps the base's bits (CORE.md section 2)."""
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any = None, y: Tensor | None = None) -> Any:
+        """`apply` at the c that is in force, under the zero rule: c = 0 keeps the base's bits (CORE.md section 2).
+
+        While another thread puts the hook on or off, torch may call it as one without kwargs: (layer, args, y).
+        """
+        if y is None and self.site == "output":
+            y, kwargs = kwargs, {}
         x = args[0] if args else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
             return self.traced(layer, x, y)
@@ -152,10 +158,10 @@ class InputHook(OutputHook):
 
     site = "input"
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor | None = None) -> Any:
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any = None, y: Tensor | None = None) -> Any:
         x = super().__call__(layer, args, kwargs)
-        if x is None:
-            return None
+        if x is None or kwargs is None:
+            return None if x is None else (x, *args[1:])
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
     def apply(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
@@ -164,6 +170,8 @@ class InputHook(OutputHook):
 
 class LowRankHook(Hook):
     """form "low-rank": y + c B diag(g) A x."""
+
+    additive = True
 
     def apply(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
         here = layer._parameters

@@ -101,7 +101,7 @@ def follow(own: Folded, lent: Folded) -> None:
 def refuse_company(hooks: Sequence[Hook], others: Sequence[Hook]) -> None:
     """Low-rank updates add up in any order; anything else acts on what the others made, so merging one would change it."""
     company = sorted({hook.shared.name for hook in others})
-    if company and not all(isinstance(hook, LowRankHook) for hook in (*hooks, *others)):
+    if company and not all(hook.additive for hook in (*hooks, *others)):
         raise RuntimeError(f"{hooks[0].shared.name!r} and {company} do not simply add up; detach {company} before merging")
 
 

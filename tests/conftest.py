@@ -94,8 +94,9 @@ def delegated(item: pytest.Item) -> bool:
     return not UNTYPED and item.get_closest_marker("untyped") is not None
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
+    """A wrapper, so as to come before xdist, which writes the groups into the node ids in a hook that also goes first."""
     for item in items:
         if not delegated(item):
             continue
@@ -104,6 +105,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.fixturenames = []  # the child builds its own
         item.add_marker(pytest.mark.xdist_group(f"untyped {item.path.name}"))  # one worker, one child (--dist loadgroup)
         item.add_marker(pytest.mark.timeout(0))  # the first waits for all; the child times each out
+    yield
 
 
 @pytest.hookimpl(tryfirst=True)

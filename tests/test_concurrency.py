@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models import VARIANTS, Row, attach, each_variant, mlp, normal, randomise
+from tests.models import VARIANTS, Row, attach, each_variant, mlp, normal, randomise, single
 from tests.references import same_bits
 
 X = normal(2, 3, 12, seed=1)
@@ -289,3 +289,15 @@ def test_a_generator_that_yields_inside_its_block_closes_it_when_it_ends(row: Ro
 
     assert list(stream()) == [True, True, True]
     assert bench.adapter.c == 1.0 and bench.right(1.0)
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3", "ia3_ff"])
+def test_a_hook_that_another_thread_is_putting_on_may_be_called_without_keywords(name: str) -> None:
+    """torch enters a hook before it notes that the hook takes kwargs, and takes the note away after it: a forward may fall between."""
+    model = single(dtype=torch.float64)
+    randomise(attach(model, VARIANTS[name], dtype=torch.float64))
+    x = normal(3, 10, dtype=torch.float64)
+    wanted = model(x)
+    for table in (model.linear._forward_hooks_with_kwargs, model.linear._forward_pre_hooks_with_kwargs):
+        table.clear()
+    assert torch.equal(model(x), wanted)
