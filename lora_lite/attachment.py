@@ -201,10 +201,11 @@ def substitute(model: nn.Module, name: str, new: Parameter) -> Parameter:
     return old
 
 
-def fresh_parameter(value: Tensor, like: Tensor, trainable: bool) -> Parameter:
-    """A Parameter on the layer's device, fit for training even when made under inference_mode."""
+def fresh_parameter(value: Tensor, like: Tensor, trainable: bool, copy: bool = True) -> Parameter:
+    """A Parameter on the layer's device, fit for training even when made under inference_mode; `copy` unless the value is ours."""
     with torch.inference_mode(False):
-        return Parameter(value.detach().clone().to(like.device), requires_grad=trainable)
+        value = value.detach().clone() if copy or value.is_inference() else value.detach()
+        return Parameter(value.to(like.device), requires_grad=trainable)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

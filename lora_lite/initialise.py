@@ -14,7 +14,7 @@ from lora_lite import calibration
 from lora_lite.base import dense_weight
 from lora_lite.config import AdapterConfig
 from lora_lite.target import Target
-from lora_lite.variant import Base, Initial, Variant, variant_of
+from lora_lite.variant import NAMED, Base, Initial, Variant, variant_of
 
 Tensors = dict[str, dict[str, Tensor]]  # target -> field -> tensor
 
@@ -92,7 +92,14 @@ def initialise(
     tensors = {}
     for field, spec in specs.items():
         value = made.tensors[field] if field in made.tensors else spec.init(spec.shape, generator)
-        if tuple(value.shape) != spec.shape or not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{target.name}: initial {field} must be finite and {spec.shape}, got {tuple(value.shape)}")
-        tensors[field] = value.detach().to(config.dtype).contiguous()  # as a loaded one: strides decide last bits
+        if field in made.tensors or spec.init not in NAMED.values():  # not one of ours: it may be anything
+            if tuple(value.shape) != spec.shape or not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{target.name}: initial {field} must be finite and {spec.shape}, got {tuple(value.shape)}")
+            value = owned(value)
+        tensors[field] = value.detach().to(config.dtype)
     return tensors, made.notes
+
+
+def owned(value: Tensor) -> Tensor:
+    """The tensor in memory of its own, contiguous as a loaded one: it may be a view of the base or of Vh, and strides decide last bits."""
+    return value.clone(memory_format=torch.contiguous_format)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from lora_lite.config import AdapterConfig, as_patterns
 from lora_lite.dial import Coefficient, Setting
 from lora_lite.hooks import Hook
 from lora_lite.initialise import initial_tensors
-from lora_lite.target import find_targets
-from lora_lite.variant import variant_of
+from lora_lite.target import Target, find_targets
+from lora_lite.variant import ParamSpec, variant_of
 
 
 def attach(
@@ -63,7 +63,7 @@ def attach(
     tensors, notes = initial_tensors(model, config, targets, calibration_data, seed, exclude)
     adapter = Adapter(
         config,
-        {t.name: {f: fresh_parameter(v, t.module.weight, specs[t.name][f].trainable) for f, v in tensors[t.name].items()} for t in targets},  # type: ignore[arg-type]
+        {t.name: placed(t, specs[t.name], tensors[t.name]) for t in targets},
         {t.name: (t.d_in, t.d_out) for t in targets},
         name=name,
         also=also,
@@ -72,6 +72,13 @@ def attach(
         c=rest,
     )
     return adapter.put_on(model, known_base=True)
+
+
+def placed(target: Target, specs: Mapping[str, ParamSpec], tensors: Mapping[str, Tensor]) -> dict[str, Parameter]:
+    """A target's initial values as Parameters on its device."""
+    like = target.module.weight
+    assert isinstance(like, Tensor)
+    return {field: fresh_parameter(value, like, specs[field].trainable, copy=False) for field, value in tensors.items()}
 
 
 def load(model: nn.Module, path: Path, name: str | None = None, c: Coefficient = 1.0, strict_base: bool = True) -> Adapter:

@@ -26,7 +26,8 @@ def ones(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
 
 def kaiming(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
     """Kaiming uniform with a = sqrt 5, as nn.Linear and LoRA's A: uniform within 1/sqrt(fan_in)."""
-    return torch.empty(shape).uniform_(-1.0, 1.0, generator=generator) / math.sqrt(shape[-1])
+    bound = 1.0 / math.sqrt(shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 NAMED: dict[str, Initializer] = {"zeros": zeros, "ones": ones, "kaiming": kaiming}
