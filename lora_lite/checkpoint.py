@@ -308,9 +308,7 @@ def resembles(metadata: Mapping[str, str], names: list[str]) -> str:
     """What a safetensors file of something else looks like, and what reads it."""
     any_key = lambda pattern: any(re.search(pattern, name) for name in names)  # noqa: E731
     if any_key(r"^base_model\.model\.|\.lora_[AB]\.(\w+\.)?weight$|\.lora_(embedding_[AB]|magnitude_vector)|\.ia3_l"):
-        return (
-            "it looks like a PEFT adapter; peft.PeftModel.from_pretrained(model, folder) loads it, with the adapter_config.json beside it."
-        )
+        return "it looks like a PEFT adapter; ll.from_peft(model, folder) loads the folder it is in."
     if any_key(r"lora_(down|up)\.weight|^lora_(unet|te)"):
         return "it looks like a LoRA of kohya or diffusers; pipeline.load_lora_weights(file) of diffusers loads it."
     if any_key(r"^(A|B|U|S|Vh|delta_s)\..*__"):

@@ -80,6 +80,8 @@ class Setting:
 def check_float(c: Any) -> float:
     if isinstance(c, bool) or not hasattr(c, "__float__"):
         raise TypeError(f"c must be a number or a tensor, got {type(c).__name__}")
+    if getattr(c, "ndim", 0):
+        raise TypeError(f"c must be a number or a tensor, got {type(c).__name__}; write torch.as_tensor(c)")
     if not math.isfinite(value := float(c)):
         raise ValueError(f"c must be finite, got {value}")
     return value

@@ -74,7 +74,9 @@ def check_also(path: Path, model: nn.Module, also: Mapping[str, Tensor]) -> None
         raise CheckpointError(f"{path}: it also holds parameters that this model has differently: {wrong}")
 
 
-def check_base(path: Path, saved: dict[str, Any] | None, now: dict[str, Any] | None, strict: bool) -> None:
+def check_base(
+    path: Path, saved: dict[str, Any] | None, now: dict[str, Any] | None, strict: bool, way: str = "strict_base=False loads it all the same"
+) -> None:
     """Refuse another base than the one an adapter was trained on; without `strict`, and for quantised bases, warn."""
     if saved is None or now is None:
         logger.warning("{}: no fingerprint of the base it was trained on; it cannot be checked", path)
@@ -83,6 +85,6 @@ def check_base(path: Path, saved: dict[str, Any] | None, now: dict[str, Any] | N
     for warning in warnings:
         logger.warning("{}: {}", path, warning)
     if differences and strict:
-        raise CheckpointError(f"{path} was trained on another base: {'; '.join(differences)}. strict_base=False loads it all the same")
+        raise CheckpointError(f"{path} was trained on another base: {'; '.join(differences)}. {way}")
     if differences:
         logger.warning("{} was trained on another base: {}", path, "; ".join(differences))

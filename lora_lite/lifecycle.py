@@ -58,6 +58,8 @@ def attach(
     specs = {t.name: variant.param_specs(t.d_in, t.d_out, config.at(t.name, t.d_in, t.d_out)) for t in targets}
     check_layers(model, name, targets, variant, specs)
     also = _also(model, train_also)
+    if exclude_directions and not variant.chooses_directions:
+        raise ValueError(f"variant {config.variant!r} chooses no directions; leave exclude_directions out")
     exclude = _directions(exclude_directions)
     rest = Setting(1.0 if c is None else c).c  # a bad c fails before anything is computed
     tensors, notes = initial_tensors(model, config, targets, calibration_data, seed, exclude)

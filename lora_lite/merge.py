@@ -74,7 +74,7 @@ class Merged:
             raise TypeError(f"{len(refused)} layers cannot be merged into: " + "; ".join(refused[:3]))
         self.c, self.places = check_float(c), places
         hooks = [hook for _, hook in places.values()]
-        refuse_company(hooks, others)
+        refuse_company(hooks, [other for other in others if other.path in places])
         self._lent = {path: folded(layer, hook, self.c) for path, (layer, hook) in places.items()}
 
     def swap_in(self) -> None:
@@ -102,7 +102,9 @@ def refuse_company(hooks: Sequence[Hook], others: Sequence[Hook]) -> None:
     """Low-rank updates add up in any order; anything else acts on what the others made, so merging one would change it."""
     company = sorted({hook.shared.name for hook in others})
     if company and not all(hook.additive for hook in (*hooks, *others)):
-        raise RuntimeError(f"{hooks[0].shared.name!r} and {company} do not simply add up; detach {company} before merging")
+        raise RuntimeError(
+            f"{hooks[0].shared.name!r} and {company} do not simply add up at the layers they share; detach {company} before merging"
+        )
 
 
 def swap(layer: nn.Module, new: Folded) -> Folded:

@@ -93,6 +93,7 @@ class Variant:
     reads_weight  "never", "init" or "step": when `base.weight` is given; otherwise it is None
     calibration   "no", "optional" or "required": whether `observe` is fed before `init`
     identity      how near to the base a fresh adapter is
+    chooses_directions  whether `observe` leaves out the directions given by `exclude_directions`
     linear_in_c   whether one layer's change is c times its change at c = 1
     row_c         whether c may differ between the rows of a batch
     why_not       the reason of each "no" among linear_in_c and row_c
@@ -108,6 +109,7 @@ class Variant:
     reads_weight: ClassVar[Literal["never", "init", "step"]] = "never"
     calibration: ClassVar[Literal["no", "optional", "required"]] = "no"
     identity: ClassVar[Identity] = BITWISE
+    chooses_directions: ClassVar[bool] = False
     linear_in_c: ClassVar[bool] = True
     row_c: ClassVar[bool] = True
     why_not: ClassVar[Mapping[str, str]] = {}

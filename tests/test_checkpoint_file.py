@@ -416,7 +416,7 @@ def torch_saved() -> bytes:
 
 one = torch.ones(1)
 FOREIGN: dict[str, tuple[Callable[[], bytes], str]] = {
-    "a PEFT adapter": (lambda: other({f"base_model.model.{Q}.lora_A.weight": one}, format="pt"), "PEFT adapter; peft.PeftModel"),
+    "a PEFT adapter": (lambda: other({f"base_model.model.{Q}.lora_A.weight": one}, format="pt"), "PEFT adapter; ll.from_peft"),
     "a PEFT adapter in memory": (lambda: other({f"{Q}.lora_A.default.weight": one}), "PEFT adapter"),
     "a transformers model": (lambda: other({f"{Q}.weight": one}, format="pt"), "a model's weights; AutoModelForCausalLM"),
     "kohya": (lambda: other({"lora_unet_x.lora_down.weight": one}), "kohya or diffusers"),

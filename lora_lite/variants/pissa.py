@@ -159,6 +159,7 @@ class PiSSA(Variant):
     name = "pissa"
     Config = PiSSAConfig
     paper = "2404.02948"
+    chooses_directions = True
     parameters = "r if train == 'spectrum' else r * (d_in + d_out)"
     reads_weight = "init"
     calibration = "optional"
