@@ -69,7 +69,7 @@ class Adapter:
         self._sizes = dict(layer_sizes)
         self._dial = Dial(c, name)
         self._specs = {t: self.variant.param_specs(*size, config.at(t, *size)) for t, size in self._sizes.items()}
-        self._held = {t: {f: as_parameter(v, self._specs[t][f]) for f, v in fields.items()} for t, fields in tensors.items()}
+        self._held = as_parameters(tensors, self._specs)
         self._also = {n: v if isinstance(v, Parameter) else Parameter(v.detach().clone()) for n, v in (also or {}).items()}
         self._model: nn.Module | None = None
         self._shared: Shared | None = None
@@ -188,6 +188,21 @@ class Adapter:
 
     def eval(self) -> Adapter:
         return self.train(False)
+
+    def on_step(self, step: int) -> None:
+        """`optimizer.step(); adapter.on_step(step); optimizer.zero_grad()`: what a method does between steps, counted from 1.
+
+        AdaLoRA moves its ranks here; the other variants do nothing. The state of a schedule lies in frozen tensors of the
+        adapter: in `state_dict()` and in files, so a resumed run goes on as it would have.
+        """
+        if not isinstance(step, int) or isinstance(step, bool) or step < 1:
+            raise ValueError(f"step is a count of optimizer steps from 1, got {step!r}")
+        with torch.no_grad():
+            self.variant.on_step(self.config, step, self.tensors())
+
+    def aux_loss(self) -> Tensor:
+        """`loss = loss + adapter.aux_loss()`: the method's own term, a scalar (AdaLoRA's orthogonality); 0 for the others."""
+        return self.variant.aux_loss(self.config, self.tensors())
 
     # -- c ----------------------------------------------------------------------------------------------------------
 
@@ -412,7 +427,9 @@ class Adapter:
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
-        tensors = {t: {f: p.detach().clone() for f, p in fields.items()} for t, fields in self.tensors().items()}
+        here = self.tensors()
+        copies = {p: p.detach().clone() for fields in here.values() for p in fields.values()}  # one of a tensor that layers share
+        tensors = {t: {f: copies[p] for f, p in fields.items()} for t, fields in here.items()}
         also = {n: p.detach().clone() for n, p in self.also().items()}
         return dict(config=self.config, tensors=tensors, layer_sizes=self._sizes, name=self.name, also=also, metadata=self.metadata,
                     fingerprint=self.fingerprint, diagnostics=self.diagnostics, c=self._dial.rest.c)  # fmt: skip
@@ -446,8 +463,16 @@ def moved(p: Parameter, device: torch.device, dtype: torch.dtype | None = None) 
     return p if right else Parameter(p.detach().to(device, dtype or p.dtype), requires_grad=p.requires_grad)
 
 
-def as_parameter(value: Tensor, spec: ParamSpec) -> Parameter:
-    return value if isinstance(value, Parameter) else fresh_parameter(value, value, spec.trainable)
+def as_parameters(
+    tensors: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, Mapping[str, ParamSpec]]
+) -> dict[str, dict[str, Parameter]]:
+    """Each tensor as a Parameter; one that several layers share stays one."""
+    made = {id(v): v for fields in tensors.values() for v in fields.values() if isinstance(v, Parameter)}
+    for t, fields in tensors.items():
+        for f, v in fields.items():
+            if id(v) not in made:
+                made[id(v)] = fresh_parameter(v, v, specs[t][f].trainable)
+    return {t: {f: made[id(v)] for f, v in fields.items()} for t, fields in tensors.items()}
 
 
 def handle_of(model: nn.Module, shared: Shared, hooks: Mapping[str, tuple[nn.Module, Hook]]) -> Adapter:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora_lite.variant import Observer
+from lora_lite.variant import GradientObserver, Observer
 
 POLES = ("cho", "rej")
 FORMS = (
@@ -59,15 +59,18 @@ def stream(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     widths: Mapping[str, int],
-    observers: Mapping[str, Observer],
+    observers: dict[str, Observer],
     data: Any,
     *,
     progress: bool = True,
+    shared: bool = False,
 ) -> None:
     """Feed every target's inputs to its observer: `update(x (n, d_in), group)`, group "cho" or "rej", or "all" without poles.
 
     data  target -> activations (N, d_in); target -> {"cho": X, "rej": X}; an iterable of batches (tensor, dict, tuple), or one
           batch; {"cho": batches, "rej": batches}. Padding is left out by `attention_mask`; where no mask fits, all tokens count
+
+    shared  targets that the first batch shows to read one and the same tensor are given one observer, in `observers` too
 
     Batches run through the model as it is (other adapters too) in eval mode, without gradients and uncompiled; flags, hooks
     and the random state return as they were, also after an exception. Memory does not grow with the data.
@@ -80,10 +83,52 @@ def stream(
             given += activations(part, group, watched)
         else:
             batches[group] = as_batches(part)
+    twins = Twins(shared)
     for target, group, x in tqdm(given, desc="calibrating", unit="tensor", delay=2, disable=not progress):
-        target.feed(x, group)
+        if twins.leader(target.name, x) == target.name:
+            target.feed(x, group)
     if batches:
-        run(model, watched, batches, progress)
+        run(model, watched, batches, progress, twins)
+    observers.update({name: observers[leader] for name, leader in twins.leaders.items()})
+
+
+def stream_gradients(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    observers: Mapping[str, GradientObserver],
+    data: Any,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    progress: bool = True,
+) -> None:
+    """Feed every target's inputs, and the gradient of a loss at its outputs, to its observer: `update(x (n, d_in), gradient (n, d_out))`.
+
+    data  an iterable of batches (tensor, dict, tuple), or one batch
+    loss  (the model's output, the batch) -> scalar; without one the output's own `loss`, which Hugging Face models give when
+          the batch holds labels
+
+    All tokens count, padding too: a loss that leaves padding out gives zero gradients there. No parameter gets a gradient; the
+    model comes out as from `stream`. Memory grows with a batch (the graph of its forward), not with their number.
+    Raises ValueError for data or a loss that does not fit, RuntimeError naming targets that the loss does not depend on.
+    """
+    if isinstance(data, Mapping) and not is_batch(data, model, {}):
+        raise ValueError(f"gradients need batches to run the model on, each a tensor, a dict or a tuple; got a mapping of {list(data)[:5]}")
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    graph = Graph(layers)
+    count = 0
+    with undisturbed(model), torch.enable_grad(), ExitStack() as hooks:
+        graph.install(hooks)
+        for batch in tqdm(as_batches(data), desc="calibrating", unit="batch", delay=2, disable=not progress):
+            try:
+                graph.batch(model, moved(batch, device), loss, observers)
+            except Exception as error:
+                error.add_note(f"in calibration batch {count}")
+                raise
+            count += 1
+    if not count:
+        raise ValueError("calibration data holds no batches (a generator can be read only once)")
+    if silent := [name for name in layers if name not in graph.reached]:
+        raise RuntimeError(f"the loss did not depend on {len(silent)} of {len(layers)} targets: {some(silent)}; add them to `exclude`")
 
 
 # --- which of the forms is it -----------------------------------------------------------------------------------------
@@ -149,15 +194,34 @@ def some(names: Sequence[str], between: str = ", ", at_most: int = 8) -> str:
 # --- running the model ------------------------------------------------------------------------------------------------
 
 
-def run(model: nn.Module, watched: Mapping[str, Watched], parts: Mapping[str, Iterable[Any]], progress: bool) -> None:
+class Twins:
+    """Which targets read one and the same tensor, as the first batch shows: q, k and v of a block do."""
+
+    def __init__(self, wanted: bool) -> None:
+        self.wanted, self.leaders = wanted, dict[str, str]()
+        self._seen: list[tuple[Tensor, str]] = []  # held, so that no other tensor takes its place in memory meanwhile
+
+    def leader(self, name: str, x: Tensor) -> str:
+        """The target whose observer is fed for this one: the first that read this tensor, or itself."""
+        if self.wanted and name not in self.leaders:
+            self.leaders[name] = next((first for seen, first in self._seen if seen is x), name)
+            self._seen.append((x, name))
+        return self.leaders.get(name, name)
+
+    def settle(self) -> None:
+        self._seen.clear()
+
+
+def run(model: nn.Module, watched: Mapping[str, Watched], parts: Mapping[str, Iterable[Any]], progress: bool, twins: Twins) -> None:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    listening = Pass(model)
+    listening = Pass(model, twins)
     with undisturbed(model), ExitStack() as hooks:
         listening.install(watched.values(), hooks)
         for group, batches in parts.items():
             where, count = "" if group == "all" else f" {group!r}", 0
             for batch in tqdm(batches, desc=f"calibrating{where}", unit="batch", delay=2, disable=not progress):
                 listening.to(group, moved(batch, device), f"in calibration batch{where} {count}")
+                twins.settle()
                 count += 1
             if not count:
                 raise ValueError(f"calibration data{where} holds no batches (a generator can be read only once)")
@@ -189,8 +253,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 class Pass:
     """The temporary hooks of one run over the data: what reaches a target goes to its observer, padding left out."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.padding = model, Padding(model)
+    def __init__(self, model: nn.Module, twins: Twins) -> None:
+        self.model, self.padding, self.twins = model, Padding(model), twins
         self.group, self.reached = "all", set[str]()
 
     def install(self, targets: Iterable[Watched], hooks: ExitStack) -> None:
@@ -201,6 +265,9 @@ class Pass:
     def listener(self, target: Watched) -> Callable[..., None]:
         def listen(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(x, Tensor) and self.twins.leader(target.name, x) != target.name:
+                self.reached.add(target.name)
+                return
             kept = self.padding.without(layer, x) if isinstance(x, Tensor) else x  # before the check: padding may well be NaN
             if problem := target.problem(kept):
                 raise ValueError(problem)
@@ -214,17 +281,68 @@ class Pass:
         self.group = group
         try:
             with self.padding.of(batch):
-                if isinstance(batch, Mapping):
-                    self.model(**batch)
-                elif isinstance(batch, list | tuple):
-                    self.model(*batch)
-                elif isinstance(batch, Tensor):
-                    self.model(batch)
-                else:
-                    raise ValueError(f"found {type(batch).__name__}, expected a tensor, a dict or a tuple of the model's arguments")
+                called(self.model, batch)
         except Exception as error:
             error.add_note(where)
             raise
+
+
+def called(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch in any of its forms."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, list | tuple):
+        return model(*batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise ValueError(f"found {type(batch).__name__}, expected a tensor, a dict or a tuple of the model's arguments")
+
+
+class Graph:
+    """The temporary hooks that keep each target's input and output in the graph of one forward."""
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.layers, self.reached = layers, set[str]()
+        self.calls: list[tuple[str, Tensor, Tensor]] = []
+
+    def install(self, hooks: ExitStack) -> None:
+        for name, layer in self.layers.items():
+            hooks.callback(layer.register_forward_hook(self.keeper(name), with_kwargs=True).remove)
+
+    def keeper(self, name: str) -> Callable[..., Tensor | None]:
+        def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            grows = y.requires_grad  # nothing before it does in a frozen model: the graph begins here
+            y = y if grows else y.detach().requires_grad_()
+            self.calls.append((name, x.detach(), y))
+            return None if grows else y.clone()  # what follows may write into it, which a leaf forbids
+
+        return keep
+
+    def batch(
+        self, model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor] | None, observers: Mapping[str, GradientObserver]
+    ) -> None:
+        self.calls = []
+        output = called(model, batch)
+        value = own_loss(output) if loss is None else loss(output, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value).all()):
+            raise ValueError(f"the loss must be one finite number in a tensor, got {value!r}")
+        gradients = torch.autograd.grad(value.reshape(()), [y for _, _, y in self.calls], allow_unused=True)
+        with torch.no_grad():
+            for (name, x, _), gradient in zip(self.calls, gradients, strict=True):
+                if gradient is not None:
+                    self.reached.add(name)
+                    observers[name].update(x.flatten(0, -2), gradient.flatten(0, -2))
+        self.calls = []
+
+
+def own_loss(output: Any) -> Any:
+    if not isinstance(found := getattr(output, "loss", None), Tensor):
+        raise ValueError(
+            f"the model's output ({type(output).__name__}) has no loss; put labels in each batch, or give "
+            "attach(..., loss=lambda output, batch: ...)"
+        )
+    return found
 
 
 class Padding:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from loguru import logger
@@ -19,6 +19,14 @@ from lora_lite.variant import NAMED, Base, Initial, Variant, variant_of
 Tensors = dict[str, dict[str, Tensor]]  # target -> field -> tensor
 
 
+class Start(NamedTuple):
+    """A fresh adapter's config (with the ranks its variant settled), its tensors on the CPU or where they were made, and its notes."""
+
+    config: AdapterConfig
+    tensors: Tensors
+    notes: dict[str, float]
+
+
 def base_of(target: Target, variant: type[Variant]) -> Base:
     """What the variant declared that it reads at init: sizes always, the weight if it says so."""
     if variant.reads_weight == "never":
@@ -27,76 +35,105 @@ def base_of(target: Target, variant: type[Variant]) -> Base:
     return Base(target.d_in, target.d_out, dense_weight(target.module).detach(), bias)
 
 
-def initial_tensors(
+def start(
     model: torch.nn.Module,
     config: AdapterConfig,
     targets: Iterable[Target],
     calibration_data: Any = None,
     seed: int | None = None,
     exclude: Mapping[str, Tensor] | None = None,
-) -> tuple[Tensors, dict[str, float]]:
-    """Every tensor of a fresh adapter by target and field, and the notes its variant left, averaged over the targets.
+    loss: Callable[[Any, Any], Tensor] | None = None,
+) -> Start:
+    """What a fresh adapter starts from; its notes are averaged over the targets.
 
     Touches nothing but the global random state, and that only without a seed. Raises ValueError naming the target.
     """
-    targets, variant, exclude = list(targets), variant_of(config), exclude or {}
-    check_calibration(config, variant, calibration_data)
+    targets, variant = list(targets), variant_of(config)
+    check_calibration(config, variant, calibration_data, loss)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    fed: dict[str, Any] = {}
-    if calibration_data is not None:
-        fed = {t.name: observe(t, config, variant, exclude) for t in targets}
-        layers, widths = {t.name: t.module for t in targets}, {t.name: t.d_in for t in targets}
-        calibration.stream(model, layers, widths, fed, calibration_data)
+    observed = observers(model, config, targets, calibration_data, exclude or {}, loss)
+    group = variant.group_init(config, {t.name: (t.d_in, t.d_out) for t in targets}, observed)
     tensors: Tensors = {}
-    notes: dict[str, list[float]] = {}
+    notes = {key: [value] for key, value in group.notes.items()}
+    shared = {id(v): owned(v.detach()).to(config.dtype) for fields in group.tensors.values() for v in fields.values()}
     for t in tqdm(targets, desc=f"initialising {config.variant}", unit="layer", delay=3.0):
-        observed = fed.pop(t.name) if fed else observe(t, config, variant, exclude)
-        tensors[t.name], found = initialise(t, config, variant, observed, generator)
+        seen = observed.pop(t.name) if observed else observe(t, group.config, variant, (exclude or {}).get(t.name))
+        given = {field: shared[id(v)] for field, v in group.tensors.get(t.name, {}).items()}
+        tensors[t.name], found = initialise(t, group.config, variant, seen, generator, given)
         for key, value in found.items():
             notes.setdefault(key, []).append(value)
     means = {key: sum(values) / len(values) for key, values in notes.items()}
     if means:
         logger.info("{} selection over {} targets: {}", config.variant, len(targets), means)
-    if warning := variant.check(config, means):
+    if warning := variant.check(group.config, means):
         logger.warning(warning)
-    return tensors, means
+    return Start(group.config, tensors, means)
 
 
-def check_calibration(config: AdapterConfig, variant: type[Variant], data: Any) -> None:
+def observers(
+    model: torch.nn.Module,
+    config: AdapterConfig,
+    targets: Iterable[Target],
+    data: Any,
+    exclude: Mapping[str, Tensor],
+    loss: Callable[[Any, Any], Tensor] | None,
+) -> dict[str, Any]:
+    """Each target's observer, fed with the data; none where there is none."""
+    if data is None:
+        return {}
+    variant = variant_of(config)
+    fed = {t.name: observe(t, config, variant, exclude.get(t.name)) for t in targets}
+    layers, sizes = {t.name: t.module for t in targets}, {t.name: (t.d_in, t.d_out) for t in targets}
+    if variant.observes == "gradients":
+        calibration.stream_gradients(model, layers, fed, data, loss)
+    else:
+        calibration.stream(model, layers, {n: d_in for n, (d_in, _) in sizes.items()}, fed, data, shared=variant.shares_observers)
+    return fed
+
+
+def check_calibration(config: AdapterConfig, variant: type[Variant], data: Any, loss: Any) -> None:
+    if loss is not None and variant.observes != "gradients":
+        raise ValueError(f"variant {config.variant!r} reads no gradients; leave loss out")
     if data is None and (variant.calibration == "required" or variant.needs_calibration(config)):
         raise ValueError(f"{config} needs calibration data: attach(model, config, calibration_data=batches or activations per target)")
     if data is not None and variant.calibration == "no":
         raise ValueError(f"variant {config.variant!r} makes no use of calibration data; leave calibration_data out")
 
 
-def observe(target: Target, config: AdapterConfig, variant: type[Variant], exclude: Mapping[str, Tensor]) -> Any:
+def observe(target: Target, config: AdapterConfig, variant: type[Variant], exclude: Tensor | None) -> Any:
     cfg = config.at(target.name, target.d_in, target.d_out)
     try:
-        return variant.observe(cfg, base_of(target, variant), exclude.get(target.name))
+        return variant.observe(cfg, base_of(target, variant), exclude)
     except ValueError as error:
         raise ValueError(f"{target.name}: {error}") from error
 
 
 def initialise(
-    target: Target, config: AdapterConfig, variant: type[Variant], observed: Any, generator: Generator | None
+    target: Target,
+    config: AdapterConfig,
+    variant: type[Variant],
+    observed: Any,
+    generator: Generator | None,
+    given: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], Mapping[str, float]]:
-    """One target's tensors in the config's dtype (on the CPU or where init made them), and its notes."""
+    """One target's tensors in the config's dtype (on the CPU or where init made them), and its notes. `given` is settled already."""
     cfg = config.at(target.name, target.d_in, target.d_out)
     specs = variant.param_specs(target.d_in, target.d_out, cfg)
     try:
         made: Initial = variant.init(cfg, base_of(target, variant), observed, generator)
     except ValueError as error:
         raise ValueError(f"{target.name}: {error}") from error
-    if unknown := sorted(set(made.tensors) - set(specs)):
+    if unknown := sorted(set(made.tensors) - set(specs) | set(given) - set(specs)):
         raise ValueError(f"{target.name}: init of {variant.name!r} returned {unknown}, its specs are {sorted(specs)}")
     tensors = {}
     for field, spec in specs.items():
-        value = made.tensors[field] if field in made.tensors else spec.init(spec.shape, generator)
-        if field in made.tensors or spec.init not in NAMED.values():  # not one of ours: it may be anything
+        settled = given.get(field, made.tensors.get(field))
+        value = spec.init(spec.shape, generator) if settled is None else settled
+        if settled is not None or spec.init not in NAMED.values():  # not one of ours: it may be anything
             if tuple(value.shape) != spec.shape or not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{target.name}: initial {field} must be finite and {spec.shape}, got {tuple(value.shape)}")
-            value = owned(value)
-        tensors[field] = value.detach().to(config.dtype)
+            value = value if field in given else owned(value)
+        tensors[field] = value if field in given else value.detach().to(config.dtype)
     return tensors, made.notes
 
 

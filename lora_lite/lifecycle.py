@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from lora_lite.base import fingerprint
 from lora_lite.config import AdapterConfig, as_patterns
 from lora_lite.dial import Coefficient, Setting
 from lora_lite.hooks import Hook
-from lora_lite.initialise import initial_tensors
+from lora_lite.initialise import Start, start
 from lora_lite.target import Target, find_targets
-from lora_lite.variant import ParamSpec, variant_of
+from lora_lite.variant import variant_of
 
 
 def attach(
@@ -30,6 +30,7 @@ def attach(
     train_also: Sequence[str] | str = (),
     seed: int | None = None,
     exclude_directions: Sequence[Adapter] = (),
+    loss: Callable[[Any, Any], Tensor] | None = None,
 ) -> Adapter:
     """Put a fresh adapter, or a detached one, on a model. `adapter = ll.attach(model, ll.LoRAConfig(r=16))`.
 
@@ -41,15 +42,16 @@ def attach(
     train_also        regexes of other parameters to train and save with it (a fresh head, norms); originals return at detach
     seed              of the initial values; without one the global random state is used
     exclude_directions  adapters whose directions the new one leaves out (variants that choose directions)
+    loss              (model's output, batch) -> scalar, for variants that read gradients; else the output's own `loss`
 
     All or nothing: on any error the model is as it was. Raises RuntimeError where nothing matches or a layer cannot carry
     an adapter, ValueError for a name in use or calibration data that is missing or does not fit.
     """
     model = unwrapped(model)
     if isinstance(config, Adapter):
-        if calibration_data is not None or train_also or seed is not None or exclude_directions:
+        if calibration_data is not None or train_also or seed is not None or exclude_directions or loss is not None:
             raise ValueError(
-                "a made adapter is put back as it is: calibration_data, train_also, seed and exclude_directions are for a fresh one"
+                "a made adapter is put back as it is: calibration_data, train_also, seed, exclude_directions and loss are for a fresh one"
             )
         return config.put_on(model, name, c)
     variant = variant_of(config)
@@ -62,25 +64,35 @@ def attach(
         raise ValueError(f"variant {config.variant!r} chooses no directions; leave exclude_directions out")
     exclude = _directions(exclude_directions)
     rest = Setting(1.0 if c is None else c).c  # a bad c fails before anything is computed
-    tensors, notes = initial_tensors(model, config, targets, calibration_data, seed, exclude)
+    fresh = start(model, config, targets, calibration_data, seed, exclude, loss)
     adapter = Adapter(
-        config,
-        {t.name: placed(t, specs[t.name], tensors[t.name]) for t in targets},
+        fresh.config,
+        placed(targets, fresh),
         {t.name: (t.d_in, t.d_out) for t in targets},
         name=name,
         also=also,
         fingerprint=fingerprint(model, {t.name: t.module for t in targets}),
-        diagnostics=notes,
+        diagnostics=fresh.notes,
         c=rest,
     )
     return adapter.put_on(model, known_base=True)
 
 
-def placed(target: Target, specs: Mapping[str, ParamSpec], tensors: Mapping[str, Tensor]) -> dict[str, Parameter]:
-    """A target's initial values as Parameters on its device."""
-    like = target.module.weight
-    assert isinstance(like, Tensor)
-    return {field: fresh_parameter(value, like, specs[field].trainable, copy=False) for field, value in tensors.items()}
+def placed(targets: Sequence[Target], fresh: Start) -> dict[str, dict[str, Parameter]]:
+    """The initial values as Parameters, each on its target's device; one Parameter per device for a tensor that several share."""
+    made: dict[tuple[int, torch.device], Parameter] = {}
+    variant, found = variant_of(fresh.config), {}
+    for t in targets:
+        like = t.module.weight
+        assert isinstance(like, Tensor)
+        specs = variant.param_specs(t.d_in, t.d_out, fresh.config.at(t.name, t.d_in, t.d_out))
+        found[t.name] = {}
+        for field, value in fresh.tensors[t.name].items():
+            key = (id(value), like.device)
+            if key not in made:
+                made[key] = fresh_parameter(value, like, specs[field].trainable, copy=False)
+            found[t.name][field] = made[key]
+    return found
 
 
 def load(model: nn.Module, path: Path, name: str | None = None, c: Coefficient = 1.0, strict_base: bool = True) -> Adapter:

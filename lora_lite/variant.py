@@ -68,6 +68,24 @@ class Observer(Protocol):
         ...
 
 
+@runtime_checkable
+class GradientObserver(Protocol):
+    """The same for a variant that reads gradients: `observes = "gradients"`."""
+
+    def update(self, x: Tensor, gradient: Tensor) -> None:
+        """Take in the inputs x (n, d_in) of one batch, and the loss's gradient at the linear's outputs (n, d_out)."""
+        ...
+
+
+class Group(NamedTuple):
+    """What `group_init` settled for all layers together: the config to go on with (ranks per layer in its rank_pattern), and
+    tensors by target and field. One tensor object given to several targets becomes one Parameter that they share."""
+
+    config: AdapterConfig
+    tensors: Mapping[str, Mapping[str, Tensor]] = {}
+    notes: Mapping[str, float] = {}
+
+
 class Initial(NamedTuple):
     """What `init` found: the tensors it sets, and numbers worth keeping about how it chose them (averaged over targets)."""
 
@@ -92,6 +110,9 @@ class Variant:
     form          "low-rank": `factors` says it all. "output": y + delta. "input": x + delta, before the linear
     reads_weight  "never", "init" or "step": when `base.weight` is given; otherwise it is None
     calibration   "no", "optional" or "required": whether `observe` is fed before `init`
+    observes      what its observers are fed: "inputs" of the layer, or "gradients" of a loss as well
+    shares_observers  whether layers that read one tensor (q, k and v do) share one observer; it may not depend on the layer then
+    schedule      whether training must call `adapter.on_step(step)` and add `adapter.aux_loss()`; harmless for the others
     identity      how near to the base a fresh adapter is
     chooses_directions  whether `observe` leaves out the directions given by `exclude_directions`
     linear_in_c   whether one layer's change is c times its change at c = 1
@@ -108,6 +129,9 @@ class Variant:
     form: ClassVar[Literal["low-rank", "output", "input"]] = "low-rank"
     reads_weight: ClassVar[Literal["never", "init", "step"]] = "never"
     calibration: ClassVar[Literal["no", "optional", "required"]] = "no"
+    observes: ClassVar[Literal["inputs", "gradients"]] = "inputs"
+    shares_observers: ClassVar[bool] = False
+    schedule: ClassVar[bool] = False
     identity: ClassVar[Identity] = BITWISE
     chooses_directions: ClassVar[bool] = False
     linear_in_c: ClassVar[bool] = True
@@ -127,9 +151,17 @@ class Variant:
         return False
 
     @staticmethod
-    def observe(cfg: Any, base: Base, exclude: Tensor | None) -> Observer | None:
-        """An observer of this target's inputs, made before `init` and handed to it; `exclude` (n, d_in) holds directions in use."""
+    def observe(cfg: Any, base: Base, exclude: Tensor | None) -> Observer | GradientObserver | None:
+        """An observer of this target, made before `init` and handed to it; `exclude` (n, d_in) holds directions in use."""
         return None
+
+    @staticmethod
+    def group_init(cfg: Any, sizes: Mapping[str, tuple[int, int]], observed: Mapping[str, Any]) -> Group:
+        """What is settled for all layers together, before any `init`: ranks by layer, shared tensors.
+
+        sizes (d_in, d_out) and observers by target, in the model's order; no observers where there was no calibration.
+        """
+        return Group(cfg)
 
     @staticmethod
     def init(cfg: Any, base: Base, observed: Any, generator: Generator | None) -> Initial:
@@ -166,6 +198,19 @@ class Variant:
         x (*batch, d_in), y (*batch, d_out), c a float or a tensor that broadcasts against them, one number per row or token.
         """
         raise NotImplementedError
+
+    @staticmethod
+    def on_step(cfg: Any, step: int, layers: Mapping[str, Params]) -> None:
+        """`adapter.on_step(step)`: after an optimizer's step, before its zero_grad. May change every layer's tensors in place.
+
+        Runs without gradients. What it must remember it keeps in frozen tensors of `param_specs`, so that files and resumed
+        runs have it; `layers` holds the Parameters by target and field, with their `.grad`.
+        """
+
+    @staticmethod
+    def aux_loss(cfg: Any, layers: Mapping[str, Params]) -> Tensor:
+        """`adapter.aux_loss()`: a scalar to add to the task's loss; zero for methods without one."""
+        return torch.zeros(())
 
 
 REGISTRY: dict[str, type[Variant]] = {}
