@@ -35,8 +35,10 @@ from lora_lite.hooks import Hook
 from lora_lite.lowrank import LowRank
 from lora_lite.target import Target
 from lora_lite.variant import Base, Params, ParamSpec, Variant, variant_of
+from lora_lite.varied import Schedule, by_layer, limit, scheduled
 
 Path = str | os.PathLike[str]
+CValue = Coefficient | str | Mapping[str, Coefficient] | Schedule
 _HANDLES: weakref.WeakKeyDictionary[Shared, weakref.ref[Adapter]] = weakref.WeakKeyDictionary()
 
 
@@ -61,13 +63,15 @@ class Adapter:
         metadata: Mapping[str, str] | None = None,
         fingerprint: dict[str, Any] | None = None,
         diagnostics: Mapping[str, float] | None = None,
-        c: Coefficient = 1.0,
+        calibrated: Mapping[str, Any] | None = None,
+        c: CValue = 1.0,
     ) -> None:
         self.config, self.name = config, check_name(name)
         self.metadata, self.diagnostics = dict(metadata or {}), dict(diagnostics or {})
+        self._calibrated = dict(calibrated or {})
         self.fingerprint = fingerprint
         self._sizes = dict(layer_sizes)
-        self._dial = Dial(c, name)
+        self._dial = Dial(self._resting(c), name)
         self._specs = {t: self.variant.param_specs(*size, config.at(t, *size)) for t, size in self._sizes.items()}
         self._held = as_parameters(tensors, self._specs)
         self._also = {n: v if isinstance(v, Parameter) else Parameter(v.detach().clone()) for n, v in (also or {}).items()}
@@ -207,24 +211,50 @@ class Adapter:
     # -- c ----------------------------------------------------------------------------------------------------------
 
     @property
-    def c(self) -> Coefficient:
+    def c(self) -> Any:
         """The c in force here: the innermost open block's in this context, else the resting value."""
         return self._dial.setting().c
 
     @c.setter
-    def c(self, c: Coefficient) -> None:
+    def c(self, c: CValue) -> None:
         self._refuse_merged("set c")
-        self._dial.turn(c)
+        self._dial.turn(self._resting(c))
 
-    def set_coeff(self, c: Coefficient) -> None:
+    def set_coeff(self, c: CValue) -> None:
         """`adapter.c = c`."""
         self.c = c
 
-    def __call__(self, model: nn.Module | None = None, c: Coefficient = 1.0) -> AbstractContextManager[Any]:
+    @property
+    def calibrated(self) -> dict[str, Any]:
+        """How far c can go, as `ll.calibrate_c` found it and the file keeps it; empty where it was not asked. c="auto" reads it."""
+        return self._calibrated
+
+    @calibrated.setter
+    def calibrated(self, found: Mapping[str, Any]) -> None:
+        self._calibrated.clear()
+        self._calibrated.update(found)
+
+    def _meant(self, c: CValue) -> Any:
+        """A number or a tensor as it is; "auto" and "-auto" by what was calibrated; a mapping as the c of each target."""
+        if isinstance(c, str):
+            return limit(self.name, self._calibrated, c)
+        return by_layer(c, self._sizes) if isinstance(c, Mapping) else c
+
+    def _resting(self, c: CValue) -> Any:
+        if callable(c) and not isinstance(c, Tensor):
+            raise TypeError(f"adapter {self.name!r} cannot rest at a schedule; it holds for a block: with adapter(model, c=schedule)")
+        return self._meant(c)
+
+    def __call__(self, model: nn.Module | None = None, c: CValue = 1.0) -> AbstractContextManager[Any]:
         """`with adapter(model, c=-1.5):` c in force for the block, in this context only; attached for the block if it is not.
 
-        c is a number, () or (B,) one per row, or (B, T) one per token of a full forward. Blocks nest: the inner c replaces
-        the outer one and returns. Raises ValueError for another model than the one it is attached to.
+        c is a number, () or (B,) one per row, or (B, T) one per token of a full forward;
+        "auto" or "-auto", the largest c that `ll.calibrate_c` found coherent on either side;
+        a mapping, by layer: {r"layers\\.3\\.": 2.0, "": 1.0}, regexes searched in the target's name, the first one found wins;
+        a schedule, by position: lambda position: 1.5 * (position >= 10), given whole numbers (B, T), the text's first token 0.
+        Under a schedule cached keys and values stay as the c of their own token made them. Mappings and schedules run
+        uncompiled. Blocks nest: the inner c replaces the outer one and returns. Raises ValueError for another model than
+        the one it is attached to.
         """
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"the first argument is the model; write adapter(c={model!r})")
@@ -237,15 +267,23 @@ class Adapter:
             )
         self._refuse_merged("change c")
         self._check_places(refuse, self._last)
-        return Block(self._dial, c)
+        return self._block(c)
+
+    def _block(self, c: CValue) -> AbstractContextManager[Any]:
+        if type(c) is float:  # most of all, and each other question costs a fraction of a microsecond
+            return Block(self._dial, c)
+        if callable(c) and not isinstance(c, Tensor):
+            assert self._model is not None
+            return scheduled(self._model, self._dial, c)
+        return Block(self._dial, self._meant(c))
 
     @contextmanager
-    def _visit(self, model: nn.Module | None, c: Coefficient) -> Iterator[None]:
+    def _visit(self, model: nn.Module | None, c: CValue) -> Iterator[None]:
         if model is None:
             raise ValueError(f"adapter {self.name!r} is not attached; say to which model: adapter(model, c=...)")
         self.put_on(model)
         try:
-            with Block(self._dial, c):
+            with self._block(c):
                 yield
         finally:
             self.detach()
@@ -289,7 +327,8 @@ class Adapter:
         weights = {t.name: t.module.weight for t in targets}  # a parametrised layer computes it
         self._held = {t: {f: moved(p, weights[t].device) for f, p in fields.items()} for t, fields in self._held.items()}  # type: ignore[union-attr]
         self._also = {n: moved(p, own[n].device, own[n].dtype) for n, p in self._also.items()}
-        shared = Shared(self.name, self.config, ledger_of(model), self._dial, self.metadata, self.fingerprint, self.diagnostics)
+        shared = Shared(self.name, self.config, ledger_of(model), self._dial, self.metadata, self.fingerprint, self.diagnostics,
+                        self._calibrated)  # fmt: skip
         place(model, shared, targets, self._held, self._also)
         self._adopt(model, shared, {t.name: t.module for t in targets})
         self._held, self._also = {}, {}
@@ -375,9 +414,10 @@ class Adapter:
             self._check_places(refuse)
         tensors = {t: {f: p.detach() for f, p in fields.items()} for t, fields in self.tensors().items()}
         also = {n: p.detach() for n, p in self.also().items()}
-        checkpoint.write(
-            path, checkpoint.Contents(self.config, tensors, also, self.fingerprint, {**self.metadata, **(metadata or {})}, self.diagnostics)
+        contents = checkpoint.Contents(
+            self.config, tensors, also, self.fingerprint, {**self.metadata, **(metadata or {})}, self.diagnostics, self._calibrated
         )
+        checkpoint.write(path, contents)
 
     def load(self, path: Path, strict_base: bool = True) -> Adapter:
         """Take a file's values in place, into the same Parameter objects: an optimizer goes on. All, or nothing.
@@ -398,12 +438,11 @@ class Adapter:
                 also[name].copy_(value)
         self.metadata.clear()
         self.metadata.update(contents.metadata)
+        self.calibrated = contents.calibrated
         return self
 
     @classmethod
-    def from_checkpoint(
-        cls, model: nn.Module, path: Path, name: str | None = None, c: Coefficient = 1.0, strict_base: bool = True
-    ) -> Adapter:
+    def from_checkpoint(cls, model: nn.Module, path: Path, name: str | None = None, c: CValue = 1.0, strict_base: bool = True) -> Adapter:
         """Attach the adapter in a file. `adapter = ll.load(model, "kind.safetensors")`. Needs no calibration.
 
         Everything is checked before the model is touched. Raises CheckpointError (a ValueError) listing what does not fit: keys,
@@ -420,6 +459,7 @@ class Adapter:
             metadata=contents.metadata,
             fingerprint=now,
             diagnostics=contents.diagnostics,
+            calibrated=contents.calibrated,
             c=c,
         )
         return adapter.put_on(model, known_base=True)
@@ -432,7 +472,8 @@ class Adapter:
         tensors = {t: {f: copies[p] for f, p in fields.items()} for t, fields in here.items()}
         also = {n: p.detach().clone() for n, p in self.also().items()}
         return dict(config=self.config, tensors=tensors, layer_sizes=self._sizes, name=self.name, also=also, metadata=self.metadata,
-                    fingerprint=self.fingerprint, diagnostics=self.diagnostics, c=self._dial.rest.c)  # fmt: skip
+                    fingerprint=self.fingerprint, diagnostics=self.diagnostics, calibrated=self._calibrated,
+                    c=self._dial.rest.c)  # fmt: skip
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
@@ -484,5 +525,6 @@ def handle_of(model: nn.Module, shared: Shared, hooks: Mapping[str, tuple[nn.Mod
     layer_sizes = {path: hook.base.sizes[:2] for path, (_, hook) in hooks.items()}
     adapter = Adapter(shared.config, {}, layer_sizes, name=shared.name, fingerprint=shared.fingerprint)
     adapter._dial, adapter.metadata, adapter.diagnostics = shared.dial, shared.metadata, shared.diagnostics
+    adapter._calibrated = shared.calibrated
     adapter._adopt(model, shared, {path: layer for path, (layer, _) in hooks.items()})
     return adapter

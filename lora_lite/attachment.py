@@ -65,6 +65,7 @@ class Shared:
     metadata: dict[str, str] = field(default_factory=dict)
     fingerprint: dict[str, Any] | None = None
     diagnostics: dict[str, float] = field(default_factory=dict)
+    calibrated: dict[str, Any] = field(default_factory=dict)
     originals: dict[str, Parameter] = field(default_factory=dict)
 
 

@@ -26,7 +26,7 @@ from lora_lite.variant import config_from_dict
 from lora_lite.version import __version__
 
 FORMAT, FORMAT_VERSION = "lora_lite", "1"
-RESERVED = ("format", "format_version", "library_version", "config", "also", "fingerprint", "diagnostics", "sha256")
+RESERVED = ("format", "format_version", "library_version", "config", "also", "fingerprint", "diagnostics", "calibrated", "sha256")
 HEADER_LIMIT = 100_000_000  # safetensors' own
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -56,6 +56,7 @@ class Contents:
     fingerprint: dict[str, Any] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     diagnostics: dict[str, float] = field(default_factory=dict)
+    calibrated: dict[str, Any] = field(default_factory=dict)  # how far c can go, as steering found it
     source: str = "the file"  # where it was read from, for messages
 
     def named(self) -> list[tuple[str, Tensor]]:
@@ -106,6 +107,7 @@ def described(contents: Contents) -> dict[str, str]:
     check_metadata(contents.metadata)
     numbers = {k: float(v) if math.isfinite(v) else repr(float(v)) for k, v in contents.diagnostics.items()}
     optional = {"also": list(contents.also) or None, "fingerprint": contents.fingerprint, "diagnostics": numbers or None}
+    optional["calibrated"] = contents.calibrated or None
     ours = {"format": FORMAT, "format_version": FORMAT_VERSION, "library_version": __version__, "config": config_text(contents.config)}
     return contents.metadata | ours | {k: as_json(k, v) for k, v in optional.items() if v is not None}
 
@@ -240,6 +242,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
         known["fingerprint"],
         {k: v for k, v in metadata.items() if k not in RESERVED},
         known["diagnostics"],
+        known["calibrated"],
         source,
     )
 
@@ -360,7 +363,7 @@ def check_digest(source: str, metadata: Mapping[str, str], flat: Mapping[str, Te
 
 def read_metadata(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Our entries of the header as values, or one error with everything that is wrong with them."""
-    values: dict[str, Any] = {"also": [], "fingerprint": None, "diagnostics": {}}
+    values: dict[str, Any] = {"also": [], "fingerprint": None, "diagnostics": {}, "calibrated": {}}
     problems = [] if "config" in metadata else ["config is missing"]
     for key, parse in PARSERS.items():
         if key in metadata:
@@ -399,6 +402,7 @@ PARSERS: dict[str, Callable[[Any], Any]] = {
     "also": names_from,
     "fingerprint": object_from,
     "diagnostics": numbers_from,
+    "calibrated": object_from,
 }
 
 

@@ -35,6 +35,8 @@ def _(x: Tensor, key: int, routed: bool) -> Tensor:
 def _agrees(c: Tensor, key: int) -> Tensor:
     """True, or an error: an asyncio task may not train compiled code while another task of its thread holds a block open."""
     dial = by_key(key)
+    if dial.setting().varied:
+        dial.setting().rows(c, False, "a compiled layer")  # says why not
     if current_task() == -1 and dial.here.slot.tensor is not dial.setting().cell:
         raise RuntimeError(
             f"adapter {dial.name!r}: two tasks of one thread train compiled code with different c at once, which compiled graphs "

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Coefficient = float | Tensor
-Dose = Coefficient | tuple[Coefficient, ...]  # what a dial can be turned to: one c, or a history's doses (doses.py)
+Dose = Any  # what a dial can be turned to: a Coefficient, a Varied one, or a history's doses, a tuple (doses.py)
 
 WIDEST = {"mps": torch.float32}  # compiled graphs see c in one dtype whatever it was given in: one graph for all
 
@@ -38,6 +38,7 @@ class Setting:
     """
 
     __slots__ = ("_rows", "c", "cell", "off", "owner", "task", "tensor", "zeros")
+    varied: ClassVar[bool] = False  # whether c must still be asked for (varied.py)
 
     def __init__(self, c: Coefficient, owner: object = None) -> None:
         self.c: Coefficient
@@ -55,6 +56,10 @@ class Setting:
             self.cell = torch.full((), self.c, dtype=torch.float64)
         self.task, self.owner = current_task(), owner
         self._rows: dict[Any, Tensor] = {}
+
+    def at(self, path: str) -> Setting:
+        """What holds at one layer; elsewhere than at the adapter's layers, whether it is on at all."""
+        return self
 
     def stamped(self, task: int) -> Setting:
         """The same value, trusted in the backward `task`."""
@@ -75,6 +80,13 @@ class Setting:
         if key not in self._rows:
             self._rows[key] = rows(self.c, x, routed, path)
         return self._rows[key]
+
+
+class Varied:
+    """A c that is not one value (varied.py): it makes its own setting."""
+
+    def setting(self, owner: object = None) -> Setting:
+        raise NotImplementedError
 
 
 def check_float(c: Any) -> float:
@@ -155,8 +167,12 @@ class Dial:
         self.name = name
         self.training = True
         self.moved = False
-        self.rest = self.kind(c)
+        self.rest = self.resolved(c)
         self._register()
+
+    def resolved(self, c: Any, owner: object = None) -> Setting:
+        """Checked once, here. Raises TypeError or ValueError for what cannot be a c."""
+        return c.setting(owner) if isinstance(c, Varied) else self.kind(c, owner)
 
     def _register(self) -> None:
         self.key = next(_KEYS)
@@ -170,7 +186,7 @@ class Dial:
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.name, self.training, self.moved = state["name"], state["training"], state["moved"]
-        self.rest = self.kind(state["c"])
+        self.rest = self.resolved(state["c"])
         self._register()
 
     def setting(self) -> Setting:
@@ -181,9 +197,9 @@ class Dial:
         """Set c: this block's inside a `with`, the resting value outside."""
         held = DIALS.get()
         if stack := held.get(self):
-            DIALS.set({**held, self: (*stack[:-1], self.kind(c, stack[-1].owner))})  # type: ignore[arg-type]
+            DIALS.set({**held, self: (*stack[:-1], self.resolved(c, stack[-1].owner))})
         else:
-            self.settle(self.kind(c))  # type: ignore[arg-type]
+            self.settle(self.resolved(c))
         self.moved = True
         self.sync()
 
@@ -221,7 +237,7 @@ class Block:
     def __enter__(self) -> Block:
         owner = object()
         dial, held = self.dial, DIALS.get()
-        setting = dial.kind(self.c, owner)
+        setting = dial.resolved(self.c, owner)
         DIALS.set({**held, dial: (*held.get(dial, ()), setting)})
         dial.here.slot = Slot(setting.cell)
         dial.moved = True

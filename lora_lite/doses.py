@@ -106,6 +106,7 @@ class DoseDial(Dial):
             setting = self.gate.setting()
             if setting.task != current_task():
                 self.gate.stale(setting)
+            setting = setting.at("")
             if setting.off or not setting.tensor:
                 return not setting.off
             return setting.rows(x, routed, path) != 0 if setting.zeros or unseen(setting.c) else True

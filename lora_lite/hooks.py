@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lora_lite import compiled
-from lora_lite.dial import DIALS, Dial, current_task, is_functorch
+from lora_lite.dial import DIALS, Dial, Setting, current_task, is_functorch
 from lora_lite.lowrank import LowRank
 from lora_lite.mixed import Mixed
 
@@ -118,6 +118,14 @@ class Hook:
         setting = stack[-1] if stack else self.dial.rest
         if setting.task != current_task():
             self.dial.stale(setting)
+        if setting.off:
+            return self.anchored(layer, x if y is None else y)
+        if setting.tensor:
+            return self.varied(layer, x, y, setting.at(self.path))
+        return self.apply(layer, x, y, setting.c)  # type: ignore[arg-type]
+
+    def varied(self, layer: nn.Module, x: Tensor, y: Tensor | None, setting: Setting) -> Tensor | None:
+        """At a c that differs between layers, rows or tokens."""
         if setting.off:
             return self.anchored(layer, x if y is None else y)
         if not setting.tensor:

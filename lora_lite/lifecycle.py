@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from lora_lite.adapter import Adapter, Path, check_name, handle_of
+from lora_lite.adapter import Adapter, CValue, Path, check_name, handle_of
 from lora_lite.attachment import Shared, all_hooks, beside, check_layers, fresh_parameter, inner, unwrapped
 from lora_lite.base import fingerprint
 from lora_lite.config import AdapterConfig, as_patterns
@@ -95,7 +95,7 @@ def placed(targets: Sequence[Target], fresh: Start) -> dict[str, dict[str, Param
     return found
 
 
-def load(model: nn.Module, path: Path, name: str | None = None, c: Coefficient = 1.0, strict_base: bool = True) -> Adapter:
+def load(model: nn.Module, path: Path, name: str | None = None, c: CValue = 1.0, strict_base: bool = True) -> Adapter:
     """`Adapter.from_checkpoint(model, path, ...)`: attach the adapter in a file."""
     return Adapter.from_checkpoint(model, path, name, c, strict_base)
 

@@ -47,6 +47,7 @@ ROOMS = (
     "lowrank",
     "mixed",
     "config",
+    "varied",
     "recompute",
     "compiled",
     "dial",
