@@ -168,7 +168,7 @@ def test_a_schedule_goes_with_a_recomputed_forward() -> None:
 
     def gradients(checkpointed: bool) -> list[torch.Tensor]:
         if checkpointed:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.train()
         with adapter(model, c=late):
             loss = model(IDS, use_cache=False).logits.square().sum()
