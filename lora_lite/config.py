@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -144,7 +145,7 @@ class RankedConfig(AdapterConfig):
         as_patterns(tuple(self.rank_pattern), "rank_pattern")
         as_patterns(tuple(self.alpha_pattern), "alpha_pattern")
 
-    @property
+    @cached_property
     def scaling(self) -> float:
         return self.alpha / self.r
 
