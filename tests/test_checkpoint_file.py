@@ -787,7 +787,7 @@ def test_a_kill_while_saving_leaves_the_old_file_or_the_new_one(path: Path, numb
 
 
 def test_a_kill_while_saving_in_place_would_be_seen(path: Path):
-    assert kills(path, 10, "naive")[1] > 0
+    assert kills(path, 60, "naive")[1] > 0  # on a busy machine many of them come before the process runs at all
 
 
 # --- fitting a model ---------------------------------------------------------------------------------------------------
