@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, ClassVar, Self, TypeVar
 
 import torch
@@ -145,7 +144,7 @@ class RankedConfig(AdapterConfig):
         as_patterns(tuple(self.rank_pattern), "rank_pattern")
         as_patterns(tuple(self.alpha_pattern), "alpha_pattern")
 
-    @cached_property
+    @property
     def scaling(self) -> float:
         return self.alpha / self.r
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 from lora_lite.config import RankedConfig
@@ -19,7 +18,7 @@ class LoRAConfig(RankedConfig):
     variant: ClassVar[str] = "lora"
     rslora: bool = False
 
-    @cached_property  # read by every layer at every call
+    @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
