@@ -66,7 +66,8 @@ def dose_response(
         others = read(model, control, tokenizer, asked, sorted({*doses} - {0.0}), score, named, how) if control is not None else ()
     labels = tuple(p.text for p in asked), name_of(score, "trait"), tuple(m.name for m in named)
     base = tuple(r for r in readings if r.c == 0)  # the null's own c=0 is the same base
-    return DoseResponse(*labels, readings, DoseResponse(*labels, (*base, *others)) if control is not None else None)
+    null_readings = tuple(sorted((*base, *others), key=lambda r: r.c))  # stable: prompts and samples stay in their order
+    return DoseResponse(*labels, readings, DoseResponse(*labels, null_readings) if control is not None else None)
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def generate(
     encoded = is_encoder_decoder(model)  # an encoder's positions may be absolute: there padding goes to the right
     ids, mask = padded(starts, pad, left=not encoded)
     device = next(model.parameters()).device
-    step = Step(bar, [(i, draw) for _, i, draw in part], how)
+    step = Step(bar, part, how)
     settings = {"do_sample": False, "pad_token_id": pad, "max_new_tokens": how.max_new_tokens, **how.keywords}
     with adapter(model, c=c):
         out = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), logits_processor=[step], **settings)
@@ -157,17 +157,31 @@ def generate(
 class Step:
     """A logits processor that sees every step: it adds the rows' noise, and moves the bar (a streamer would refuse beams)."""
 
-    def __init__(self, bar: tqdm, streams: Sequence[tuple[int, int]], how: Writing) -> None:
-        self.bar, self.rows, self.left, self.temperature = bar, len(streams), how.max_new_tokens, how.temperature
-        self.of = {stream: i for i, stream in enumerate(dict.fromkeys(streams))}
-        self.index = torch.tensor([self.of[stream] for stream in streams])
-        self.seeds = [hash((how.seed, *stream)) & 0x7FFFFFFF for stream in self.of]  # of integers: the same in every process
+    def __init__(self, bar: tqdm, part: Sequence[Asked], how: Writing) -> None:
+        self.bar, self.part, self.left, self.temperature, self.fresh = bar, part, how.max_new_tokens, how.temperature, True
+        streams = [(prompt, draw) for _, prompt, draw in part]
+        number = {stream: i for i, stream in enumerate(dict.fromkeys(streams))}
+        self.index = torch.tensor([number[stream] for stream in streams])
+        self.seeds = [hash((how.seed, *stream)) & 0x7FFFFFFF for stream in number]  # of integers: the same in every process
         self.generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: Int[Tensor, "n t"], scores: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+        if self.fresh:
+            self.check(scores)
+        self.fresh = False
         self.left -= 1
-        self.bar.update(self.rows)
+        self.bar.update(len(self.part))
         return scores / self.temperature + self.noise(scores)[self.index.to(scores.device)] if self.temperature else scores
+
+    def check(self, scores: Float[Tensor, "n v"]) -> None:
+        """A model that is out of its depth at a large c is a finding; at c=0 it is a mistake."""
+        beams = len(scores) // len(self.part)
+        wrong = scores.isnan().any(-1).view(-1, beams).any(-1).tolist()
+        if any(nan and c == 0 for nan, (c, _, _) in zip(wrong, self.part, strict=True)):
+            raise RuntimeError(
+                "the model's logits are NaN at c=0. Where prompts are padded, transformers' eager attention does that in float64: "
+                'model.set_attn_implementation("sdpa"), or prompts of one length'
+            )
 
     def noise(self, scores: Float[Tensor, "n v"]) -> Float[Tensor, "streams v"]:
         """-log(E) with E exponential is Gumbel noise; one draw per stream, which all its doses share."""
@@ -180,7 +194,7 @@ class Step:
 
     def finish(self) -> None:
         """All rows ended early."""
-        self.bar.update(self.rows * self.left)
+        self.bar.update(len(self.part) * self.left)
 
 
 def is_encoder_decoder(model: Any) -> bool:
