@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +21,7 @@ from lora_lite.steering.writing import Prompt, Sample, Writing, as_prompts, on_m
 
 GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 PROBES = 4  # prompts whose texts are kept, at 0 and at the limits
-
-Mode = Literal["largest", "iso_kl"]
-Aggregate = Literal["mean", "rmse", "p95"]
+AGGREGATES = ("mean", "rmse", "p95")
 
 
 def calibrate_c(
@@ -32,9 +30,9 @@ def calibrate_c(
     *,
     tokenizer: Any,
     model: nn.Module | None = None,
-    mode: Mode = "largest",
+    mode: str = "largest",
     budget: float | None = None,
-    aggregate: Aggregate = "mean",
+    aggregate: str = "mean",
     texts: Sequence[str] | None = None,
     coherence: Coherence = BOTH,
     floors: Mapping[str, float] | None = None,
@@ -131,7 +129,7 @@ class Coherent:
 class WithinBudget:
     """The divergence from c=0 at most the budget, over all tokens of a dose."""
 
-    def __init__(self, budget: float, aggregate: Aggregate) -> None:
+    def __init__(self, budget: float, aggregate: str) -> None:
         self.budget, self.aggregate = budget, aggregate
 
     def numbers(self, model: Any, adapter: Adapter, samples: Sequence[Sample], how: Writing) -> dict[str, float]:
@@ -161,9 +159,9 @@ def rule_of(mode: str, budget: float | None, aggregate: str, coherence: Coherenc
         raise ValueError('coherence and floors belong to mode="largest"; mode="iso_kl" looks at the divergence from c=0 alone')
     if budget is None or not budget > 0:
         raise ValueError(f'mode="iso_kl" needs a budget above 0, in nats per token, e.g. 0.2; got {budget}')
-    if aggregate not in get_args(Aggregate):
-        raise ValueError(f"aggregate must be one of {get_args(Aggregate)}, got {aggregate!r}")
-    return WithinBudget(budget, aggregate)  # type: ignore[arg-type]
+    if aggregate not in AGGREGATES:
+        raise ValueError(f"aggregate must be one of {AGGREGATES}, got {aggregate!r}")
+    return WithinBudget(budget, aggregate)
 
 
 def aggregates(values: Sequence[float]) -> dict[str, float]:
@@ -215,7 +213,7 @@ class Bench:
             found[sample.c].append(sample)
         return found
 
-    def result(self, mode: Mode, positive: float | None, negative: float | None) -> Calibration:
+    def result(self, mode: str, positive: float | None, negative: float | None) -> Calibration:
         curve = tuple(self.tried[c] for c in sorted(self.tried))
         ends = [c for c in (negative, 0.0, positive) if c is not None]
         probes = tuple(Probe(c, self.prompts[s.prompt].text, s.text) for c in ends for s in self.texts[c])
@@ -256,7 +254,7 @@ class Calibration:
 
     positive: float | None
     negative: float | None
-    mode: Mode
+    mode: str
     curve: tuple[Tried, ...]
     verdict: str
     probes: tuple[Probe, ...]
