@@ -52,7 +52,7 @@ sizes = st.lists(st.floats(0.01, 10), min_size=1, max_size=6, unique=True).map(s
 slices = st.lists(st.booleans(), min_size=1, max_size=40)
 
 
-def search(up: list[bool], down: list[bool], grid: Sequence[float], sections: int, rounds: int) -> tuple[dict, dict, list]:
+def search(up: list[bool], down: list[bool], grid: Sequence[float], *steps: int) -> tuple[dict, dict, list]:
     """What the search found on a curve of slices, everything it tried, and the batches it tried it in."""
     tried, batches = dict[float, bool](), list[list[float]]()
 
@@ -64,13 +64,13 @@ def search(up: list[bool], down: list[bool], grid: Sequence[float], sections: in
             tried[c] = side[min(len(side) - 1, int(abs(c) / 11 * len(side)))]
         return [tried[c] for c in doses]
 
-    return limits(holds, grid, sections=sections, rounds=rounds), tried, batches
+    return limits(holds, grid, (1, -1), *steps), tried, batches
 
 
-@given(slices, slices, sizes, st.integers(2, 5), st.integers(0, 4))
-def test_the_answer_was_tried_held_and_passed_no_failure(up: Any, down: Any, grid: Any, sections: int, rounds: int) -> None:
-    found, tried, batches = search(up, down, grid, sections, rounds)
-    assert len(batches) <= 1 + rounds, "each round is one batch"
+@given(slices, slices, sizes, st.integers(0, 3), st.integers(2, 5), st.integers(0, 4))
+def test_the_answer_was_tried_held_and_passed_no_failure(up: Any, down: Any, grid: Any, doublings: int, sections: int, rounds: int) -> None:
+    found, tried, batches = search(up, down, grid, doublings, sections, rounds)
+    assert len(batches) <= 1 + doublings + rounds, "each step is one batch"
     assert {sign * c for sign in (1, -1) for c in grid} <= set(tried)
     for sign in (1, -1):
         held = sorted(abs(c) for c, holds in tried.items() if c * sign > 0 and holds)
@@ -85,9 +85,10 @@ def test_the_answer_was_tried_held_and_passed_no_failure(up: Any, down: Any, gri
         assert not [c for c in held if c > abs(limit) and (not failed or c < failed[0])], "the largest such"
 
 
-@given(st.floats(0.02, 9.9), sizes, st.integers(2, 4), st.integers(0, 4))
-def test_a_threshold_is_found_to_the_resolution(threshold: float, grid: Any, sections: int, rounds: int) -> None:
-    found = limits(lambda doses: [abs(c) <= threshold for c in doses], grid, sections=sections, rounds=rounds)
+@given(st.floats(0.02, 9.9), sizes, st.integers(0, 3), st.integers(2, 4), st.integers(0, 4))
+def test_a_threshold_is_found_to_the_resolution(threshold: float, grid: Any, doublings: int, sections: int, rounds: int) -> None:
+    found = limits(lambda doses: [abs(c) <= threshold for c in doses], grid, (1, -1), doublings, sections, rounds)
+    grid = [*grid, *(grid[-1] * 2**i for i in range(1, doublings + 1))]
     before = max([0.0, *(c for c in grid if c <= threshold)])
     after = min([c for c in grid if c > threshold], default=math.inf)
     width = (after - before) / sections**rounds
@@ -133,7 +134,7 @@ def test_each_sign_has_its_own_limit(made_up: list[list[float]]) -> None:
 def test_a_dose_that_fails_is_not_passed_over_for_one_further_out(made_up: list[list[float]]) -> None:
     adapter = adapted(sdpa())
     found = calibrated(adapter, coherence=by_c(lambda c: float(not 0.9 < c < 1.2)), rounds=4)
-    assert found.positive is not None and 0.85 < found.positive <= 0.9 and found.negative == -4.0
+    assert found.positive is not None and 0.85 < found.positive <= 0.9 and found.negative == -32.0
     assert [t.holds for t in found.curve if t.c >= 2.0] == [True, True], "2 and 4 hold, and are not the answer"
 
 
@@ -144,13 +145,13 @@ def test_where_nothing_is_coherent_it_says_so(made_up: list[list[float]]) -> Non
     assert "no positive c is coherent: 0.03125 already has" in found.verdict and "no negative c is coherent: -0.03125" in found.verdict
     assert {p.c for p in found.probes} == {0.0}
     one = calibrated(adapter, coherence=by_c(lambda c: float(c <= 0)))
-    assert one.positive is None and one.negative == -4.0
+    assert one.positive is None and one.negative == -32.0
 
 
 def test_where_everything_is_coherent_it_says_that_the_limit_may_lie_beyond(made_up: list[list[float]]) -> None:
     found = calibrated(adapted(sdpa()), coherence=by_c(lambda c: 1.0))
-    assert (found.positive, found.negative) == (4.0, -4.0) and len(made_up) == 1
-    assert "every positive c tried is coherent, up to 4; the limit may lie beyond" in found.verdict
+    assert (found.positive, found.negative) == (32.0, -32.0) and made_up[1:] == [[8.0, -8.0], [16.0, -16.0], [32.0, -32.0]]
+    assert "every positive c tried is coherent, up to 32; the limit may lie beyond" in found.verdict
 
 
 def test_floors_decide(made_up: list[list[float]]) -> None:
@@ -301,6 +302,7 @@ def test_the_model_and_the_random_state_come_out_as_they_went_in(fails: bool) ->
         ({"grid": []}, "grid holds the sizes"),
         ({"grid": [-1.0, 1.0]}, "all above 0"),
         ({"sections": 1}, "sections must be at least 2"),
+        ({"doublings": -1}, "at least 0; got .*doublings=-1"),
         ({"mode": "smallest"}, '"largest" or "iso_kl"'),
         ({"mode": "iso_kl"}, "needs a budget"),
         ({"mode": "iso_kl", "budget": 0.0}, "needs a budget above 0"),

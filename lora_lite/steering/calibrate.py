@@ -37,6 +37,7 @@ def calibrate_c(
     coherence: Coherence = BOTH,
     floors: Mapping[str, float] | None = None,
     grid: Sequence[float] = GRID,
+    doublings: int = 3,
     sections: int = 4,
     rounds: int = 2,
     max_new_tokens: int = 48,
@@ -58,14 +59,15 @@ def calibrate_c(
     mode="iso_kl"    KL(p_c || p_0) per token stays within `budget` (nats), over what is written at c or over given `texts`, one
                      that continues each prompt; over tokens as `aggregate` says: the mean hides a short loop, rmse and p95 do not
 
-    Every c of `grid` is tried, with both signs, in one batched generate; then the gap between the last that held and the first
-    that failed is cut into `sections`, `rounds` times. The c returned was tried itself, and no smaller one that was tried failed.
+    Every c of `grid` is tried, with both signs, in one batched generate; where all of it holds its end is doubled, at most
+    `doublings` times; then the gap between the last that held and the first that failed is cut into `sections`, `rounds` times.
+    The c returned was tried itself, and no smaller one that was tried failed.
     The temperature is above 0 because greedy text loops at c=0 already, and is likelier under the base than any style can be.
 
     Raises ValueError where a measure is 0 at c=0, or a budget is missing; RuntimeError where the adapter is merged.
     """
     how = Writing(max_new_tokens, temperature, samples, seed, max_rows, progress, generate)
-    asked, steps = as_prompts(prompts, tokenizer), check_grid(grid, sections, rounds)
+    asked, steps = as_prompts(prompts, tokenizer), check_grid(grid, doublings, sections, rounds)
     model = model if model is not None else adapter.model
     if model is None:
         raise ValueError(f"adapter {adapter.name!r} is not attached; say for which model: calibrate_c(adapter, prompts, model=model, ...)")
@@ -73,7 +75,7 @@ def calibrate_c(
     rule = rule_of(mode, budget, aggregate, coherence, floors, given is not None)
     with on_model(model, adapter) as here:
         bench = Bench(model, here, tokenizer, asked, how, given, rule)
-        found = limits(bench.hold, steps, sections=sections, rounds=rounds)
+        found = limits(bench.hold, steps, doublings=doublings, sections=sections, rounds=rounds)
     result = bench.result(mode, found[1], found[-1])
     keep(adapter, result)
     return result
@@ -84,12 +86,13 @@ def keep(adapter: Adapter, result: Calibration) -> None:
     adapter.calibrated = result.to_dict()  # type: ignore[attr-defined]
 
 
-def check_grid(grid: Sequence[float], sections: int, rounds: int) -> list[float]:
+def check_grid(grid: Sequence[float], doublings: int, sections: int, rounds: int) -> list[float]:
     steps = sorted({check_float(c) for c in grid})
     if not steps or steps[0] <= 0:
         raise ValueError(f"grid holds the sizes of c to try, all above 0 (each is tried with both signs); got {list(grid)}")
-    if sections < 2 or rounds < 0:
-        raise ValueError(f"sections must be at least 2 (a bisection) and rounds at least 0, got sections={sections}, rounds={rounds}")
+    if sections < 2 or min(rounds, doublings) < 0:
+        asked = f"sections={sections}, rounds={rounds}, doublings={doublings}"
+        raise ValueError(f"sections must be at least 2 (a bisection), rounds and doublings at least 0; got {asked}")
     return steps
 
 
@@ -226,7 +229,7 @@ class Bench:
         if not held:
             return f"no {name} c is {self.rule}: {sign * failed:g} already has {self.tried[sign * failed].failure}"
         if math.isinf(failed):
-            return f"every {name} c tried is {self.rule}, up to {sign * held:g}; the limit may lie beyond: widen grid"
+            return f"every {name} c tried is {self.rule}, up to {sign * held:g}; the limit may lie beyond"
         return f"{name} c is {self.rule} up to {sign * held:g}; {sign * failed:g} has {self.tried[sign * failed].failure}"
 
 

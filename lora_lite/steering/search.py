@@ -9,12 +9,14 @@ Holds = Callable[[list[float]], Sequence[bool]]  # doses, of both signs, tried a
 
 
 def limits(
-    holds: Holds, grid: Sequence[float], signs: Sequence[int] = (1, -1), sections: int = 4, rounds: int = 2
+    holds: Holds, grid: Sequence[float], signs: Sequence[int] = (1, -1), doublings: int = 3, sections: int = 4, rounds: int = 2
 ) -> dict[int, float | None]:
-    """The largest dose by sign, or None where none holds: first the whole grid, then `rounds` cuts of the gap into `sections`.
+    """The largest dose by sign, or None where none holds.
 
-    Whatever the shape of the curve: every dose of the grid below the answer was tried and held, so a dose that fails is never
-    passed over for one further out that holds again. Each round tries all its doses, of both signs, in one call.
+    First the whole grid; a sign that holds on all of it goes on to twice the last dose, at most `doublings` times; then the gap
+    between what held and the first failure is cut into `sections`, `rounds` times. Each step tries its doses of both signs in
+    one call. Whatever the shape of the curve, every dose of the grid below the answer was tried and held: a dose that fails is
+    never passed over for one further out that holds again.
     """
     tried: dict[float, bool] = {}
 
@@ -23,8 +25,10 @@ def limits(
             tried.update(zip(fresh, map(bool, holds(fresh)), strict=True))
 
     attempt(sign * c for sign in signs for c in grid)
+    for _ in range(doublings):
+        attempt([sign * 2 * held for sign in signs for held, failed in [gap(tried, sign)] if math.isinf(failed)])
     for _ in range(rounds):
-        attempt(sign * c for sign in signs for c in cuts(*gap(tried, sign), sections))
+        attempt([sign * c for sign in signs for c in cuts(*gap(tried, sign), sections)])
     return {sign: sign * held if (held := gap(tried, sign)[0]) else None for sign in signs}
 
 
