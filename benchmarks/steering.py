@@ -37,7 +37,11 @@ def entering(setup: Setup, layers: int) -> Iterator[Row]:
     config = ll.LoRAConfig(r=1, targets="q_proj$" if layers == 1 else "all-linear")
     model, adapter = ours(llama(layers=layers, d=64, device=setup.device), config)
     per_row = torch.tensor([0.5, 1.0], device=setup.device)
-    steps: dict[str, Step] = {"empty": empty, "number": partial(enter, model, adapter, 0.7), "rows": partial(enter, model, adapter, per_row)}
+    steps: dict[str, Step] = {
+        "empty": empty,
+        "number": partial(enter, model, adapter, 0.7),
+        "rows": partial(enter, model, adapter, per_row),
+    }
     seconds = time_rounds(steps, setup, rounds=60)
     for name, bound in (("number", 5.0), ("rows", None)):
         taken = [1e6 * (a - b) / ENTRIES for a, b in zip(seconds[name], seconds["empty"], strict=True)]

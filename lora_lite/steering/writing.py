@@ -158,7 +158,8 @@ class Step:
     """A logits processor that sees every step: it adds the rows' noise, and moves the bar (a streamer would refuse beams)."""
 
     def __init__(self, bar: tqdm, part: Sequence[Asked], how: Writing) -> None:
-        self.bar, self.part, self.left, self.temperature, self.fresh = bar, part, how.max_new_tokens, how.temperature, True
+        self.bar, self.part = bar, part
+        self.left, self.temperature, self.fresh = how.max_new_tokens, how.temperature, True
         streams = [(prompt, draw) for _, prompt, draw in part]
         number = {stream: i for i, stream in enumerate(dict.fromkeys(streams))}
         self.index = torch.tensor([number[stream] for stream in streams])
