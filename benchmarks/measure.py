@@ -80,7 +80,7 @@ class Row:
     spread: Spread
     at_most: float | None = None
     at_least: float = 0.0
-    unit: Literal["x", "s"] = "x"
+    unit: Literal["x", "s", "us"] = "x"
     medians: Mapping[str, float] = field(default_factory=dict)  # of what went into a ratio: seconds, or bytes
 
     @property

@@ -1,0 +1,1 @@
+"""How is a trait trained into one dial, and how far can the dial be turned?"""

@@ -1,0 +1,243 @@
+"""What does each c do? Trait and coherence of generated text against c, with effect sizes and a null control."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lite.adapter import Adapter
+from lora_lite.steering import plot
+from lora_lite.steering.coherence import Coherence, Measure, Rating, measures, name_of, rate
+from lora_lite.steering.writing import Prompt, Writing, as_prompts, check_doses, on_model, write
+
+BOTH = ("distinct-3", "perplexity")
+
+
+def dose_response(
+    model: nn.Module,
+    adapter: Adapter,
+    cs: Sequence[float] | Tensor,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    tokenizer: Any,
+    score: Rating,
+    coherence: Coherence = BOTH,
+    null: Adapter | None = None,
+    max_new_tokens: int = 48,
+    temperature: float = 0.0,
+    samples: int = 1,
+    seed: int = 0,
+    max_rows: int = 256,
+    progress: bool = True,
+    **generate: Any,
+) -> DoseResponse:
+    """Generate at every c, and measure what was written.
+
+        found = ll.dose_response(model, adapter, [-1, -0.5, 0.5, 1], prompts, tokenizer=tokenizer, score=smiles)
+        print(found); found.plot("response.png")
+
+    score      texts -> one number each: how much of the trait a text has
+    coherence  "distinct-3", "perplexity" (under the base: c=0), functions like score (more for better text), or several of these
+    null       an adapter trained in the same way on shuffled labels: what an effect must be compared with
+    prompts    strings, as the tokenizer reads them, or token lists (of a chat template)
+
+    All doses run in one batched generate, c=0 always among them: a row per (c, prompt, sample), at most max_rows at once. Each row
+    is what a run of its own gives, up to the order of sums in floating point; also at a temperature above 0, where all doses of a
+    sample share their random numbers. Other keywords go to `model.generate`. Adapters that are not attached are so for the call;
+    what else is attached keeps its own c. The model, its flags and the random state come out as they went in.
+
+    Raises ValueError for no doses or prompts, an unknown measure, or a function that does not return one finite number per text.
+    """
+    how = Writing(max_new_tokens, temperature, samples, seed, max_rows, progress, generate)
+    asked, named, doses = as_prompts(prompts, tokenizer), measures(coherence), check_doses(cs)
+    if null is adapter:
+        raise ValueError("null is the adapter itself; give another one, trained in the same way on shuffled labels")
+    with ExitStack() as on:
+        here = on.enter_context(on_model(model, adapter))
+        control = on.enter_context(on_model(model, null, "steering_null")) if null is not None else None
+        readings = read(model, here, tokenizer, asked, sorted({0.0, *doses}), score, named, how)
+        others = read(model, control, tokenizer, asked, sorted({*doses} - {0.0}), score, named, how) if control is not None else ()
+    labels = tuple(p.text for p in asked), name_of(score, "trait"), tuple(m.name for m in named)
+    base = tuple(r for r in readings if r.c == 0)  # the null's own c=0 is the same base
+    null_readings = tuple(sorted((*base, *others), key=lambda r: r.c))  # stable: prompts and samples stay in their order
+    return DoseResponse(*labels, readings, DoseResponse(*labels, null_readings) if control is not None else None)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One text and what was measured of it. `prompt` and `draw` count from 0."""
+
+    c: float
+    prompt: int
+    draw: int
+    text: str
+    trait: float
+    coherence: Mapping[str, float]
+
+
+def read(
+    model: Any,
+    adapter: Adapter,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    cs: Sequence[float],
+    score: Rating,
+    named: Sequence[Measure],
+    how: Writing,
+) -> tuple[Reading, ...]:
+    """Write, then measure. Inside `on_model`."""
+    samples = write(model, adapter, tokenizer, prompts, cs, how)
+    traits = rate("score", score, [s.text for s in samples])
+    columns = {m.name: m.of(model, adapter, samples, how.max_rows) for m in named}
+    return tuple(
+        Reading(s.c, s.prompt, s.draw, s.text, trait, {name: column[i] for name, column in columns.items()})
+        for i, (s, trait) in enumerate(zip(samples, traits, strict=True))
+    )
+
+
+@dataclass(frozen=True)
+class Dose:
+    """What the texts at one c say together.
+
+    trait, error     mean over prompts and its standard error (None for one prompt)
+    effect           see `effect_size`
+    coherence        mean of each measure, geometric for perplexity
+    relative         the same relative to c=0: 1 there, less where text falls apart
+    """
+
+    c: float
+    n: int
+    trait: float
+    error: float | None
+    effect: float | None
+    coherence: Mapping[str, float]
+    relative: Mapping[str, float]
+
+
+def effect_size(here: Sequence[float], there: Sequence[float]) -> float | None:
+    """Cohen's d: (mean(here) - mean(there)) / sqrt((var(here) + var(there)) / 2), variances over prompts with n - 1.
+
+    None for fewer than two prompts; infinite where the prompts do not differ among each other at all, but the means do.
+    """
+    if len(here) < 2 or len(there) < 2:
+        return None
+    difference = statistics.fmean(here) - statistics.fmean(there)
+    spread = math.sqrt((statistics.variance(here) + statistics.variance(there)) / 2)
+    return difference / spread if spread > 0 else math.copysign(math.inf, difference) if difference else 0.0
+
+
+@dataclass(frozen=True)
+class DoseResponse:
+    """The table of a sweep: `print` shows it by dose, `to_dict` is JSON, `plot(path)` draws it. Made by `ll.dose_response`.
+
+    readings   one per (c, prompt, sample), by ascending c
+    null       the same of the null control, or None
+    """
+
+    prompts: tuple[str, ...]
+    trait: str
+    measures: tuple[str, ...]
+    readings: tuple[Reading, ...]
+    null: DoseResponse | None = None
+
+    @property
+    def cs(self) -> list[float]:
+        return sorted({r.c for r in self.readings})
+
+    @property
+    def doses(self) -> list[Dose]:
+        """The readings by c, ascending."""
+        return [self.at(c) for c in self.cs]
+
+    def at(self, c: float) -> Dose:
+        """What was found at one c. Raises KeyError naming the doses there are."""
+        if c not in self.cs:
+            raise KeyError(f"c={c} was not measured; there is {self.cs}")
+        here, there = self.by_prompt(c), self.by_prompt(0.0)
+        error = statistics.stdev(here) / len(here) ** 0.5 if len(here) > 1 else None
+        raw, relative = {}, {}
+        for m in map(Measure, self.measures, [0.0] * len(self.measures)):
+            values, reference = ([r.coherence[m.name] for r in self.readings if r.c == at] for at in (c, 0.0))
+            raw[m.name], relative[m.name] = m.mean(values), m.relative(values, reference)
+        return Dose(c, len(here), statistics.fmean(here), error, effect_size(here, there), raw, relative)
+
+    def by_prompt(self, c: float) -> list[float]:
+        """The trait of each prompt, mean over its samples: samples of one prompt are no evidence of their own."""
+        return [statistics.fmean(r.trait for r in self.readings if r.c == c and r.prompt == i) for i in range(len(self.prompts))]
+
+    def effects(self) -> dict[float, float | None]:
+        """Effect size by c. `found.null.effects()` are those of the null control: what chance and training alone do."""
+        return {dose.c: dose.effect for dose in self.doses}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON: every reading, and the doses derived from them (an infinite effect is None)."""
+        plain = {"prompts": list(self.prompts), "trait": self.trait, "measures": list(self.measures)}
+        rows = {"readings": [asdict(r) for r in self.readings], "doses": [finite(asdict(d)) for d in self.doses]}
+        return {**plain, **rows, "null": self.null.to_dict() if self.null else None}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DoseResponse:
+        """What `to_dict` wrote; the doses are derived again."""
+        null = cls.from_dict(data["null"]) if data["null"] else None
+        return cls(tuple(data["prompts"]), data["trait"], tuple(data["measures"]), tuple(Reading(**r) for r in data["readings"]), null)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Trait and coherence against c, with bands over prompts and the null control. The file's ending chooses the format.
+
+        Trait: mean and standard error; coherence: quartiles. Raises ImportError where matplotlib is not installed.
+        """
+        panels = [plot.Panel(f"{self.trait}\n(mean ± standard error over {len(self.prompts)} prompts)", self._trait_curves())]
+        panels += [plot.Panel(name, self._coherence_curves(name), log=name == "perplexity") for name in self.measures]
+        plot.against_c(path, panels)
+
+    def _trait_curves(self) -> list[plot.Curve]:
+        def curve(name: str, found: DoseResponse) -> plot.Curve:
+            doses = found.doses
+            errors = [d.error or 0.0 for d in doses]
+            band = [d.trait - e for d, e in zip(doses, errors, strict=True)], [d.trait + e for d, e in zip(doses, errors, strict=True)]
+            return plot.Curve(name, [d.c for d in doses], [d.trait for d in doses], band)
+
+        return [curve("adapter", self), *([curve("null control", self.null)] if self.null else [])]
+
+    def _coherence_curves(self, name: str) -> list[plot.Curve]:
+        def curve(label: str, found: DoseResponse) -> plot.Curve:
+            doses = found.doses
+            each = [[r.coherence[name] for r in found.readings if r.c == d.c] for d in doses]
+            return plot.Curve(label, [d.c for d in doses], [d.coherence[name] for d in doses], plot.quartiles(each))
+
+        return [curve("adapter", self), *([curve("null control", self.null)] if self.null else [])]
+
+    def __str__(self) -> str:
+        null = {d.c: d for d in self.null.doses} if self.null else {}
+        head = ["c", self.trait, "effect", *(["null effect"] if null else []), *(f"{name} (of c=0's)" for name in self.measures)]
+        rows = [head]
+        for d in self.doses:
+            of_null = [number(null[d.c].effect, "+.2f")] if null else []
+            trait = number(d.trait, ".3f") + (f" ± {d.error:.3f}" if d.error is not None else "")
+            coherence = [f"{d.coherence[name]:.3g} ({d.relative[name]:.2f})" for name in self.measures]
+            rows.append([f"{d.c:g}", trait, number(d.effect, "+.2f"), *of_null, *coherence])
+        n = len(self.prompts)
+        said = f"effect: (mean at c - mean at 0) / pooled standard deviation over the prompts (Cohen's d); {n} prompts"
+        return "\n".join([*aligned(rows), said])
+
+
+def finite(fields: dict[str, Any]) -> dict[str, Any]:
+    """With None for what JSON cannot hold."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in fields.items()}
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Cells as columns, to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
