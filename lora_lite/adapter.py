@@ -78,7 +78,8 @@ class Adapter:
         self._model: nn.Module | None = None
         self._shared: Shared | None = None
         self._layers: dict[str, nn.Module] = {}
-        self._last: list[str] = []
+        self._last: list[str] = []  # the last target's path, in parts
+        self._last_layer: nn.Module | None = None
         self._merged: merge.Merged | None = None
 
     # -- what it is -------------------------------------------------------------------------------------------------
@@ -266,7 +267,8 @@ class Adapter:
                 "a copy of a model carries its own adapters: ll.adapters(copy)"
             )
         self._refuse_merged("change c")
-        self._check_places(refuse, self._last)
+        if module_along(self._model, self._last) is not self._last_layer:
+            self._check_places(refuse)
         return self._block(c)
 
     def _block(self, c: CValue) -> AbstractContextManager[Any]:
@@ -335,7 +337,8 @@ class Adapter:
 
     def _adopt(self, model: nn.Module, shared: Shared, layers: Mapping[str, nn.Module]) -> None:
         self._model, self._shared, self._layers = model, shared, dict(layers)
-        self._last = list(layers)[-1:]  # looked at by each `with`: the head is what models replace, and all would cost by the layer
+        last = next(reversed(self._layers))  # looked at by each `with`: the head is what models replace, and all would cost by the layer
+        self._last, self._last_layer = last.split(".") if last else [], self._layers[last]
         _HANDLES[shared] = weakref.ref(self)
 
     def _hook(self, target: str) -> Hook:
@@ -354,12 +357,12 @@ class Adapter:
         held = lift(self._model, self._shared, self._layers)
         self._also = held.pop("", {})
         self._held = {t: held[t] for t in self._sizes if t in held}
-        self._model, self._shared, self._layers = None, None, {}
+        self._model, self._shared, self._layers, self._last_layer = None, None, {}, None
 
-    def _check_places(self, complain: Callable[[str], Any], targets: Sequence[str] | None = None) -> None:
+    def _check_places(self, complain: Callable[[str], Any]) -> None:
         """Complain of layers that the model has replaced since (resize_token_embeddings does): there the adapter is not."""
         assert self._model is not None
-        gone = [t for t in (self._layers if targets is None else targets) if module_at(self._model, t) is not self._layers[t]]
+        gone = [t for t in self._layers if module_at(self._model, t) is not self._layers[t]]
         if gone:
             complain(f"adapter {self.name!r}: the model has replaced {gone[:5]} ({len(gone)} in all) since; detach and attach it again")
 
@@ -490,12 +493,16 @@ def refuse(message: str) -> None:
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module | None:
-    for name in path.split(".") if path else ():
-        found = model._modules.get(name)
+    return module_along(model, path.split(".") if path else [])
+
+
+def module_along(model: nn.Module, path: Sequence[str]) -> nn.Module | None:
+    found: nn.Module | None = model
+    for name in path:
         if found is None:
             return None
-        model = found
-    return model
+        found = found._modules.get(name)
+    return found
 
 
 def moved(p: Parameter, device: torch.device, dtype: torch.dtype | None = None) -> Parameter:

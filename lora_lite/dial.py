@@ -53,7 +53,7 @@ class Setting:
         else:
             self.c, self.tensor = check_float(c), False
             self.off = self.c == 0.0
-            self.cell = torch.full((), self.c, dtype=torch.float64)
+            self.cell = cell_of(self.c)
         self.task, self.owner = current_task(), owner
         self._rows: dict[Any, Tensor] = {}
 
@@ -80,6 +80,19 @@ class Setting:
         if key not in self._rows:
             self._rows[key] = rows(self.c, x, routed, path)
         return self._rows[key]
+
+
+_CELLS: dict[float, Tensor] = {}
+
+
+def cell_of(c: float) -> Tensor:
+    """c as a tensor for compiled graphs. Kept, since making one takes a fifth of entering a block; never written into."""
+    cell = _CELLS.get(c)
+    if cell is None:
+        cell = torch.full((), c, dtype=torch.float64)
+        if type(cell) is Tensor and not cell.is_inference() and len(_CELLS) < 4096:  # not one made while tracing
+            _CELLS[c] = cell
+    return cell
 
 
 class Varied:
@@ -246,7 +259,11 @@ class Block:
 
     def __exit__(self, *exception: object) -> None:
         owner, held = self._entered.pop(), dict(DIALS.get())
-        stack = tuple(s for s in held.pop(self.dial, ()) if s.owner is not owner)
+        stack = held.pop(self.dial, ())
+        if stack and stack[-1].owner is owner:
+            stack = stack[:-1]
+        else:  # blocks may end in any order
+            stack = tuple(s for s in stack if s.owner is not owner)
         if stack:
             held[self.dial] = stack
         DIALS.set(held)

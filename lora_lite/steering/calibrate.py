@@ -77,13 +77,8 @@ def calibrate_c(
         bench = Bench(model, here, tokenizer, asked, how, given, rule)
         found = limits(bench.hold, steps, doublings=doublings, sections=sections, rounds=rounds)
     result = bench.result(mode, found[1], found[-1])
-    keep(adapter, result)
+    adapter.calibrated = result.to_dict()
     return result
-
-
-def keep(adapter: Adapter, result: Calibration) -> None:
-    """On the adapter, as JSON: its checkpoint carries it, and `c="auto"` reads it."""
-    adapter.calibrated = result.to_dict()  # type: ignore[attr-defined]
 
 
 def check_grid(grid: Sequence[float], doublings: int, sections: int, rounds: int) -> list[float]:
