@@ -45,6 +45,7 @@ for batch in tqdm(train.batches(8, STEPS), total=STEPS):
 
 with torch.no_grad():
     print("held-out loss at c = +1, -1:", *(f"{loss.item():.2f}" for loss in pole_losses(held.encode())))
+torch.manual_seed(1)
 for c in (-1.0, -0.5, 0.0, 0.5, 1.0):
     with adapter(model, c=c):
         style, _, valid = two_styles.measured(model)

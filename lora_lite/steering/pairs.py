@@ -65,8 +65,12 @@ class ContrastivePairs(Sequence[Pair]):
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str]) -> ContrastivePairs:
         """One JSON object per line, {"prompt": ..., "chosen": ..., "rejected": ...}; other keys and empty lines are passed over."""
-        with open(path, encoding="utf-8-sig") as file:
-            lines = [(f"{os.fspath(path)}, line {n}", line) for n, line in enumerate(file, 1) if line.strip()]
+        name = os.fspath(path)
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                lines = [(f"{name}, line {n}", line) for n, line in enumerate(file, 1) if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name}: not UTF-8 text ({error})") from error
         pairs = cls(())
         pairs._pairs = checked((where, parsed(line)) for where, line in lines)
         return pairs
@@ -133,8 +137,8 @@ class ContrastivePairs(Sequence[Pair]):
         Prompt and completions are tokenised apart and their ids put end to end: the seam is never tokenised again, so that one
         prompt's ids are the same before both completions. A space between them belongs to whichever text has it.
 
-        prompt      with the special tokens that the tokenizer puts first; an end token that it puts last is taken off. BOS is
-                    put first where the tokenizer has one and left it out; EOS, where it has no BOS, starts an empty prompt.
+        prompt      as tokenizer(prompt) has it, but without what is put after it (T5's and BERT's end), and without a second BOS
+                    where the text has one. An empty prompt is BOS, or EOS where there is no BOS: the end of the text before
         completion  without special tokens, with EOS after it unless eos=False or the tokenizer has none
         max_completion  cuts completions, EOS included, to so many tokens
 
@@ -225,11 +229,13 @@ def prompt_ids(tokenizer: Any, prompt: Text) -> list[int]:
     if not isinstance(prompt, str):
         return list(prompt)
     bos, eos = needed(tokenizer).bos_token_id, tokenizer.eos_token_id
-    ids = list(tokenizer(prompt)["input_ids"]) if prompt else []
-    while ids and ids[-1] in (eos, getattr(tokenizer, "sep_token_id", None)):  # some tokenizers end every text
-        ids.pop()
-    start = bos if bos is not None else None if ids else eos
-    return ids if start is None or ids[:1] == [start] else [start, *ids]
+    if not prompt:
+        return [next(i for i in (bos, eos) if i is not None)] if (bos, eos) != (None, None) else []
+    own, whole = (list(tokenizer(prompt, add_special_tokens=special)["input_ids"]) for special in (False, True))
+    if own[:1] == [bos]:  # a chat template's text begins with BOS already
+        return own
+    at = next((i for i in range(len(whole) - len(own) + 1) if whole[i : i + len(own)] == own), None)
+    return whole if at is None else whole[: at + len(own)]
 
 
 def completion_ids(tokenizer: Any, text: Text, eos: bool) -> list[int]:
