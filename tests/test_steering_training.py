@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
@@ -24,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lora_lite as ll
 from examples import two_styles
-from lora_lite.steering import losses, train
+from lora_lite.steering import loop, losses
 from tests.models import VARIANTS, attach, llama, normal, randomise, t5, token_ids
 from tests.references import assert_close, assert_differs, same_bits
 
@@ -344,9 +345,12 @@ def in_another_thread(loss: Tensor) -> None:
     thread.join()
 
 
-@pytest.mark.parametrize("backward", [Tensor.backward, in_another_thread], ids=["after the block", "in another thread"])
+@pytest.mark.parametrize(
+    ("history", "backward"),
+    [(False, Tensor.backward), (True, Tensor.backward), (True, in_another_thread)],
+    ids=["after the block", "with a history", "with a history, in another thread"],
+)
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("history", [False, True], ids=["alone", "with a history"])
 @each_method
 def test_a_contrastive_gradient_under_checkpointing_equals_the_plain_one(
     method: str, reentrant: bool, history: bool, backward: Callable[[Tensor], None]
@@ -404,7 +408,7 @@ TRAININGS: dict[str, tuple[ll.AdapterConfig, dict[str, Any]]] = {
     "ia3": (ll.IA3Config(), {"lr": 2e-2, "steps": 120}),
     "dora": (ll.DoRAConfig(r=4, alpha=8), {"lr": 3e-3}),
 }
-QUICK: dict[str, Any] = {"steps": 60, "progress": False}
+QUICK: dict[str, Any] = {"steps": 60, "checks": 3, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -481,13 +485,13 @@ def test_the_anchor_and_the_two_caps_earn_their_place(model: Any, monkeypatch: p
         adapter.detach()
         return found[-1.0], found[1.0]
 
-    with_it, without = at_the_poles(steps=160), at_the_poles(steps=160, kl=0.0)
+    with_it, without = at_the_poles(steps=120), at_the_poles(steps=120, kl=0.0)
     assert all(a.valid > b.valid + 0.01 and abs(b.style) > 1.5 * abs(a.style) for a, b in zip(with_it, without, strict=True)), (
         with_it,
         without,
     )
     two = at_the_poles(kl=0.0)
-    monkeypatch.setattr(train, "margin_nll", one_hinge)
+    monkeypatch.setattr(loop, "margin_nll", one_hinge)
     one = at_the_poles(kl=0.0)
     assert all(a.valid > b.valid + 0.3 for a, b in zip(two, one, strict=True)), (two, one)
 
@@ -549,7 +553,7 @@ def test_where_rows_cannot_differ_each_pole_has_a_forward(why: str, model: Any, 
         if not together and why == "the variant":
             monkeypatch.setattr(ll.REGISTRY["lora"], "row_c", False)
         elif not together:
-            monkeypatch.setattr(train.Training, "routed", True)
+            monkeypatch.setattr(loop.Training, "routed", True)
         adapter = lora(model)
         ll.train_steering(model, adapter, small(), validation=None, **FEW)
         found.append(state(adapter))
@@ -625,13 +629,13 @@ def test_projection_is_an_option_and_says_how_the_poles_agree(model: Any) -> Non
 
 @pytest.mark.parametrize("keep", ["best", "last"])
 def test_the_best_weights_are_kept(keep: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter, seen, look = lora(model), [], train.Training.check
+    adapter, seen, look = lora(model), [], loop.Training.check
 
     def staged(self: Any, step: int, held: Any) -> Any:
         seen.append(state(adapter))
-        return train.dataclasses.replace(look(self, step, held), loss=[5.0, 3.0, 1.0, 2.0][len(seen) - 1])
+        return dataclasses.replace(look(self, step, held), loss=[5.0, 3.0, 1.0, 2.0][len(seen) - 1])
 
-    monkeypatch.setattr(train.Training, "check", staged)
+    monkeypatch.setattr(loop.Training, "check", staged)
     report = ll.train_steering(model, adapter, small(), keep=keep, **FEW)
     assert [c.step for c in report.checks] == [0, 2, 4, 6] and report.best_step == (4 if keep == "best" else 6)
     assert same_state(state(adapter), seen[2 if keep == "best" else 3]) and not same_state(seen[2], seen[3])
@@ -639,7 +643,7 @@ def test_the_best_weights_are_kept(keep: Any, model: Any, monkeypatch: pytest.Mo
 
 
 def test_an_interrupted_training_leaves_the_best_weights_so_far(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter, seen, look = lora(model), [], train.Training.check
+    adapter, seen, look = lora(model), [], loop.Training.check
 
     def staged(self: Any, step: int, held: Any) -> Any:
         seen.append(state(adapter))
@@ -647,7 +651,7 @@ def test_an_interrupted_training_leaves_the_best_weights_so_far(model: Any, monk
             raise KeyboardInterrupt
         return look(self, step, held)
 
-    monkeypatch.setattr(train.Training, "check", staged)
+    monkeypatch.setattr(loop.Training, "check", staged)
     with pytest.raises(KeyboardInterrupt):
         ll.train_steering(model, adapter, small(), **FEW)
     assert same_state(state(adapter), seen[2]) and not model.training and torch.is_grad_enabled()

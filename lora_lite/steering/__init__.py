@@ -1,8 +1,9 @@
 """How is a trait put on the dial, and how far can the dial go? Contrastive pairs, losses between two poles, training, a null control."""
 
 from lora_lite.steering.losses import completion_nll, margin_nll, pcgrad, reference_kl
-from lora_lite.steering.pairs import ContrastivePairs, Rows
+from lora_lite.steering.pairs import ContrastivePairs
 from lora_lite.steering.report import TrainingReport
+from lora_lite.steering.rows import Rows
 from lora_lite.steering.train import null_control, train_steering
 
 __all__ = [
