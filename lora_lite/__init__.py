@@ -9,9 +9,19 @@ from lora_lite.history import HistoryBake, disabled, stack
 from lora_lite.lifecycle import adapters, attach, load
 from lora_lite.lowrank import LowRank
 from lora_lite.peft_format import from_peft, to_peft
-from lora_lite.steering.calibrate import calibrate_c
-from lora_lite.steering.response import DoseResponse, dose_response
-from lora_lite.steering.shifts import block_shifts
+from lora_lite.steering import (
+    ContrastivePairs,
+    DoseResponse,
+    block_shifts,
+    calibrate_c,
+    completion_nll,
+    dose_response,
+    margin_nll,
+    null_control,
+    pcgrad,
+    reference_kl,
+    train_steering,
+)  # fmt: skip
 from lora_lite.subspace import SharedSubspace, TaskProjection
 from lora_lite.target import Target, find_targets
 from lora_lite.variant import REGISTRY, Base, Identity, Initial, ParamSpec, Variant, register
@@ -36,9 +46,10 @@ from lora_lite.version import __version__
 logger.disable("lora_lite")  # a library is silent; `logger.enable("lora_lite")` lets it speak, as the command line does
 
 __all__ = [
-    "Adapter", "AdapterConfig", "Base", "CheckpointError", "DeLoRAConfig", "DoRAConfig", "DoseResponse", "HRAConfig", "HRAGSConfig",
-    "HiRAConfig", "HistoryBake", "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAXSConfig", "LowRank",
-    "MiSSConfig", "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SharedSubspace", "Target",
-    "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach", "block_shifts", "calibrate_c", "disabled",
-    "dose_response", "find_targets", "from_peft", "load", "register", "stack", "to_peft",
+    "Adapter", "AdapterConfig", "Base", "CheckpointError", "ContrastivePairs", "DeLoRAConfig", "DoRAConfig", "DoseResponse",
+    "HRAConfig", "HRAGSConfig", "HiRAConfig", "HistoryBake", "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig",
+    "LoRAXSConfig", "LowRank", "MiSSConfig", "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig",
+    "SharedSubspace", "Target", "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach", "block_shifts",
+    "calibrate_c", "completion_nll", "disabled", "dose_response", "find_targets", "from_peft", "load", "margin_nll",
+    "null_control", "pcgrad", "reference_kl", "register", "stack", "to_peft", "train_steering",
 ]  # fmt: skip

@@ -235,15 +235,21 @@ def run(model: nn.Module, watched: Mapping[str, Watched], parts: Mapping[str, It
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """The model in eval mode, uncompiled, without gradients; flags and random state return as they were."""
+    # Compiled code would not see the hooks. Where nothing can have been compiled, importing torch._dynamo costs 0.9 s for nothing.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with torch.no_grad(), as_it_was(model), eager:
+        model.eval()
+        yield
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Each module's train or eval flag, and the random state, return as they were."""
     flags = [(module, module.training) for module in model.modules()]
     devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta", "mps")}  # MPS has no state per device
     kind = next((d.type for d in devices), None)
-    rng = torch.random.fork_rng([d.index for d in devices if d.type == kind], device_type=kind)
-    # Compiled code would not see the hooks. Where nothing can have been compiled, importing torch._dynamo costs 0.9 s for nothing.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with torch.no_grad(), rng, eager:
+    with torch.random.fork_rng([d.index for d in devices if d.type == kind], device_type=kind):
         try:
-            model.eval()
             yield
         finally:
             for module, flag in flags:

@@ -1,1 +1,15 @@
-"""How is a trait trained into one dial, and how far can the dial be turned?"""
+"""How is a trait put on the dial, and how far can the dial go? Contrastive pairs, losses between two poles, training, measuring."""
+
+from lora_lite.steering.calibrate import Calibration, calibrate_c
+from lora_lite.steering.losses import completion_nll, margin_nll, pcgrad, reference_kl
+from lora_lite.steering.pairs import ContrastivePairs
+from lora_lite.steering.report import TrainingReport
+from lora_lite.steering.response import DoseResponse, dose_response
+from lora_lite.steering.rows import Rows
+from lora_lite.steering.shifts import block_shifts
+from lora_lite.steering.train import null_control, train_steering
+
+__all__ = [
+    "Calibration", "ContrastivePairs", "DoseResponse", "Rows", "TrainingReport", "block_shifts", "calibrate_c", "completion_nll",
+    "dose_response", "margin_nll", "null_control", "pcgrad", "reference_kl", "train_steering",
+]  # fmt: skip
