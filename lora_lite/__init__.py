@@ -6,7 +6,7 @@ from lora_lite.adapter import Adapter
 from lora_lite.checkpoint import CheckpointError
 from lora_lite.config import AdapterConfig, RankedConfig
 from lora_lite.history import HistoryBake, disabled, stack
-from lora_lite.lifecycle import adapters, attach, load
+from lora_lite.lifecycle import adapters, attach, load, read
 from lora_lite.lowrank import LowRank
 from lora_lite.peft_format import from_peft, to_peft
 from lora_lite.subspace import SharedSubspace, TaskProjection
@@ -36,6 +36,6 @@ __all__ = [
     "Adapter", "AdapterConfig", "Base", "CheckpointError", "DeLoRAConfig", "DoRAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig",
     "HistoryBake", "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig",
     "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SharedSubspace", "Target", "TaskProjection",
-    "Variant", "VeRAConfig", "__version__", "adapters", "attach", "disabled", "find_targets", "from_peft", "load", "register",
+    "Variant", "VeRAConfig", "__version__", "adapters", "attach", "disabled", "find_targets", "from_peft", "load", "read", "register",
     "stack", "to_peft",
 ]  # fmt: skip

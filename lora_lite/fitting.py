@@ -1,4 +1,4 @@
-"""Does a file fit this model, or this adapter? Everything is checked here, before anything is touched."""
+"""Does a file fit this model, or this adapter, or itself alone? Everything is checked here, before anything is touched."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from loguru import logger
 from torch import Tensor, nn
 
 from lora_lite.base import compare_fingerprint, fingerprint, is_linear, sizes
-from lora_lite.checkpoint import CheckpointError, Contents, check_tensors, renamed
+from lora_lite.checkpoint import CheckpointError, Contents, check_tensors, listed, renamed
 from lora_lite.config import AdapterConfig
 from lora_lite.origins import read_any as read
 from lora_lite.variant import variant_of
 
 Path = str | os.PathLike[str]
 Sizes = Mapping[str, tuple[int, int]]
+UNMISTAKABLE = (3 << 20, 5 << 20)  # d_in and d_out that no rank is, and that blocks of any usual size divide
 
 
 def for_model(path: Path, model: nn.Module, strict_base: bool) -> tuple[Contents, dict[str, tuple[int, int]], dict[str, Any]]:
@@ -51,6 +52,40 @@ def for_adapter(
         raise CheckpointError(f"{path}: it also holds {sorted(contents.also)}, this adapter trains {sorted(also)} beside its own")
     check_base(path, contents.fingerprint, base, strict_base)
     return contents
+
+
+def for_nobody(path: Path) -> tuple[Contents, dict[str, tuple[int, int]]]:
+    """A file's contents without a model, and the sizes of its layers, which its fingerprint or its tensors say."""
+    contents = read(path)
+    said = layer_sizes_said(contents)
+    if unknown := [t for t, size in said.items() if size is None]:
+        raise CheckpointError(
+            f"{path}: it has no fingerprint, and what {contents.config.variant!r} keeps does not say how wide the layers {listed(unknown)} "
+            "are; a model does: ll.load(model, path)"
+        )
+    layer_sizes = {t: size for t, size in said.items() if size is not None}
+    return fitted(contents, layer_sizes), layer_sizes
+
+
+def layer_sizes_said(contents: Contents) -> dict[str, tuple[int, int] | None]:
+    """(d_in, d_out) of each layer, or None where neither the fingerprint nor a tensor says it."""
+    return {t: size_printed(contents.fingerprint, t) or size_measured(contents.config, t, p) for t, p in contents.tensors.items()}
+
+
+def size_printed(fingerprint: Mapping[str, Any] | None, target: str) -> tuple[int, int] | None:
+    try:
+        d_out, d_in = fingerprint["targets"][target]["shape"]  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):  # none, or one that anyone may have written
+        return None
+    return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) and min(d_in, d_out) > 0 else None
+
+
+def size_measured(config: AdapterConfig, target: str, p: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """The sizes of tensors at the places where the variant, asked about a layer of unmistakable sizes, answers with these."""
+    specs = variant_of(config).param_specs(*UNMISTAKABLE, config.at(target, *UNMISTAKABLE))
+    places = [(f, i, n) for f, spec in specs.items() for i, n in enumerate(spec.shape) if f in p and p[f].dim() == len(spec.shape)]
+    found = [{p[f].shape[i] for f, i, n in places if n == size} for size in UNMISTAKABLE]
+    return (found[0].pop(), found[1].pop()) if len(found[0]) == len(found[1]) == 1 else None
 
 
 def fitted(contents: Contents, layer_sizes: Sizes) -> Contents:

@@ -1,4 +1,4 @@
-"""How does an adapter come onto a model: fresh, back again, from a file, or found there?"""
+"""How does an adapter come onto a model: fresh, back again, from a file (or only out of it), or found there?"""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lora_lite import fitting
 from lora_lite.adapter import Adapter, Path, check_name, handle_of
 from lora_lite.attachment import Shared, all_hooks, beside, check_layers, fresh_parameter, inner, unwrapped
 from lora_lite.base import fingerprint
@@ -86,6 +87,20 @@ def placed(target: Target, specs: Mapping[str, ParamSpec], tensors: Mapping[str,
 def load(model: nn.Module, path: Path, name: str | None = None, c: Coefficient = 1.0, strict_base: bool = True) -> Adapter:
     """`Adapter.from_checkpoint(model, path, ...)`: attach the adapter in a file."""
     return Adapter.from_checkpoint(model, path, name, c, strict_base)
+
+
+def read(path: Path, name: str = "default", c: Coefficient = 1.0) -> Adapter:
+    """The adapter in a file as a value, without any model: `ll.HistoryBake(model, [(ll.read("kind.safetensors"), 1.0)])`.
+
+    Detached: to look at, save, stack, export (`ll.to_peft`), or put on a model later (`ll.attach(model, adapter)`, which checks
+    the base then). Layers keep the names in the file; `ll.load` also finds them under a wrapper's. Costs the reading of the file.
+    Raises what `ll.load` raises of a file by itself, and CheckpointError for one that does not say how wide its layers are.
+    """
+    contents, layer_sizes = fitting.for_nobody(path)
+    return Adapter(
+        contents.config, contents.tensors, layer_sizes, name=name, also=contents.also, metadata=contents.metadata,
+        fingerprint=contents.fingerprint, diagnostics=contents.diagnostics, c=c,
+    )  # fmt: skip
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

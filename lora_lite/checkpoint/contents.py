@@ -36,6 +36,7 @@ class Contents:
     metadata: dict[str, str] = field(default_factory=dict)
     diagnostics: dict[str, float] = field(default_factory=dict)
     source: str = "the file"  # where it was read from, for messages
+    by: str = ""  # what wrote it, such as "lora_lite 0.1.0"
 
     def named(self) -> list[tuple[str, Tensor]]:
         """Every tensor under its key in the file. A target without a name is the model itself."""

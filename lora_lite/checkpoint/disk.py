@@ -14,6 +14,8 @@ from lora_lite.checkpoint.words import listed
 
 def check_place(path: Path) -> None:
     """Refuse what is no file, before opening it: a pipe would wait for ever."""
+    if (path / "adapter_config.json").is_file():
+        raise IsADirectoryError(f"{path} is a PEFT adapter's folder; ll.from_peft(model, {str(path)!r}) attaches that")
     if path.is_dir():
         inside = listed(sorted(p.name for p in path.glob("*.safetensors")))
         raise IsADirectoryError(f"{path} is a directory; an adapter is one file. It holds these .safetensors files: {inside}")
@@ -22,6 +24,14 @@ def check_place(path: Path) -> None:
         raise FileNotFoundError(f"there is no file {path}; .safetensors files in {path.parent}: {near}")
     if not path.is_file():
         raise CheckpointError(f"{path} is a device or a pipe; an adapter is a plain file")
+
+
+def make_folder(folder: Path) -> None:
+    """The folder, and those above it. Raises NotADirectoryError naming the file that is in its way."""
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"not saved: {there} is a file, so {folder} cannot be a folder; save elsewhere, or move that file")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def replace(target: Path, parts: Iterable[bytes | memoryview]) -> None:

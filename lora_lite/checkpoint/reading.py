@@ -46,6 +46,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
         {k: v for k, v in metadata.items() if k not in RESERVED},
         known["diagnostics"],
         source,
+        f"lora_lite {metadata['library_version']}" if "library_version" in metadata else "hand",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lora_lite.checkpoint.contents import FORMAT, FORMAT_VERSION, RESERVED, CheckpointError, Contents, key_problems
-from lora_lite.checkpoint.disk import replace
+from lora_lite.checkpoint.disk import make_folder, replace
 from lora_lite.checkpoint.layout import DTYPES, digest, header, in_place, non_finite, raw, strict_json
 from lora_lite.checkpoint.words import brief, is_unicode, problem
 from lora_lite.config import AdapterConfig
@@ -35,7 +35,7 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
     flat = snapshot(contents)
     metadata = described(contents)
     head = header(metadata | {"sha256": digest(metadata, flat)}, flat)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     replace(target, [head, *(raw(v) for _, v in in_place(flat))])
 
 
