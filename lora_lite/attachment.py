@@ -201,6 +201,14 @@ def substitute(model: nn.Module, name: str, new: Parameter) -> Parameter:
     return old
 
 
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """The names of each parameter that has several, by each of them: {"lm_head.weight": ["embed_tokens.weight", "lm_head.weight"]}."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return {name: several for several in names.values() if len(several) > 1 for name in several}
+
+
 def fresh_parameter(value: Tensor, like: Tensor, trainable: bool, copy: bool = True) -> Parameter:
     """A Parameter on the layer's device, fit for training even when made under inference_mode; `copy` unless the value is ours."""
     with torch.inference_mode(False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from lora_lite import fitting
 from lora_lite.adapter import Adapter, Path, check_name, handle_of
-from lora_lite.attachment import Shared, all_hooks, beside, check_layers, fresh_parameter, inner, unwrapped
+from lora_lite.attachment import Shared, all_hooks, beside, check_layers, fresh_parameter, inner, tied_names, unwrapped
 from lora_lite.base import fingerprint
 from lora_lite.config import AdapterConfig, as_patterns
 from lora_lite.dial import Coefficient, Setting
@@ -59,6 +59,7 @@ def attach(
     specs = {t.name: variant.param_specs(t.d_in, t.d_out, config.at(t.name, t.d_in, t.d_out)) for t in targets}
     check_layers(model, name, targets, variant, specs)
     also = _also(model, train_also)
+    _refuse_both(model, config, targets, also)
     if exclude_directions and not variant.chooses_directions:
         raise ValueError(f"variant {config.variant!r} chooses no directions; leave exclude_directions out")
     exclude = _directions(exclude_directions)
@@ -121,10 +122,28 @@ def _also(model: nn.Module, patterns: Sequence[str] | str) -> dict[str, Paramete
     for pattern in patterns:
         hits = [n for n in names if re.search(pattern, n)]
         if not hits:
+            for name, several in tied_names(model).items():
+                if re.search(pattern, name):
+                    raise RuntimeError(
+                        f"train_also {pattern!r} names {name}, which is tied to {several[0]}: one parameter under two names; "
+                        f"train_also={re.escape(several[0])!r} trains both"
+                    )
             raise RuntimeError(f"train_also {pattern!r} matches no parameter; there are e.g. {list(names)[-3:]}")
         found.update({n: fresh_parameter(names[n], names[n], True) for n in hits})
     beside(model, found)  # none that another adapter trains
     return found
+
+
+def _refuse_both(model: nn.Module, config: AdapterConfig, targets: Sequence[Target], also: Iterable[str]) -> None:
+    """Refuse to train a weight that the adapter changes too: it is the base that c = 0 is and the fingerprint knows."""
+    adapted = {id(t.module._parameters.get("weight")): t.name for t in targets}
+    have = dict(model.named_parameters())
+    if both := {n: adapted[id(have[n])] for n in also if id(have[n]) in adapted}:
+        exclude = (*config.exclude, *(rf"{re.escape(t)}$" for t in list(both.values())[:3]))
+        raise RuntimeError(
+            f"train_also would train {list(both)[:3]} ({len(both)} in all), the weights of layers that get an adapter too; leave these "
+            f"layers to one of the two: {type(config).__name__}(exclude={exclude}, ...) keeps the adapter off them"
+        )
 
 
 def _directions(kept: Sequence[Adapter]) -> dict[str, Tensor]:
