@@ -17,7 +17,7 @@ from lora_lite.base import hazard, is_linear, refusal, sizes, transposed
 from lora_lite.config import AdapterConfig
 from lora_lite.dial import Dial
 from lora_lite.hooks import HOOKS, Hook, hooks_on
-from lora_lite.target import Target
+from lora_lite.target import Target, check_model
 from lora_lite.variant import Base, Variant, variant_of
 
 
@@ -218,6 +218,7 @@ def fresh_parameter(value: Tensor, like: Tensor, trainable: bool, copy: bool = T
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module itself where torch.compile wrapped it. Raises RuntimeError for wrappers that must come after the adapter."""
+    check_model(model)
     if isinstance(model, torch.nn.parallel.DistributedDataParallel) or type(model).__name__ == "FullyShardedDataParallel":
         raise RuntimeError(
             f"attach before wrapping in {type(model).__name__}: gradients of what comes later are never reduced between ranks"
@@ -251,6 +252,7 @@ def warn_of_hazards(targets: Iterable[Target]) -> None:
 
 def inner(model: nn.Module) -> nn.Module:
     """The module itself behind torch.compile's and DDP's wrappers."""
+    check_model(model)
     while isinstance(model, torch.nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
     return model

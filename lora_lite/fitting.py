@@ -46,8 +46,10 @@ def for_adapter(
 ) -> Contents:
     """A file's contents for an adapter that exists: the same method at every layer, the same tensors, the same base."""
     contents = fitted(renamed(read(path), layer_sizes, also), layer_sizes)
-    if differing := [t for t, s in layer_sizes.items() if method_of(contents.config.at(t, *s)) != method_of(config.at(t, *s))]:
-        raise CheckpointError(f"{path}: made with {contents.config}, this adapter has {config}; they differ at {differing[:5]}")
+    there, here = ({t: method_of(cfg.at(t, *s)) for t, s in layer_sizes.items()} for cfg in (contents.config, config))
+    if differing := [t for t in layer_sizes if there[t] != here[t]]:
+        found = differences(there[differing[0]], here[differing[0]])
+        raise CheckpointError(f"{path}: it was made with {found}, at {listed(differing)}; ll.attach or ll.load one made as it was")
     if {n: tuple(v.shape) for n, v in contents.also.items()} != dict(also):
         raise CheckpointError(f"{path}: it also holds {sorted(contents.also)}, this adapter trains {sorted(also)} beside its own")
     check_base(path, contents.fingerprint, base, strict_base)
@@ -94,6 +96,12 @@ def fitted(contents: Contents, layer_sizes: Sizes) -> Contents:
     specs = {t: variant.param_specs(*s, contents.config.at(t, *s)) for t, s in layer_sizes.items()}
     check_tensors(contents, {t: {f: s.shape for f, s in fields.items()} for t, fields in specs.items()})
     return dataclasses.replace(contents, tensors={t: {f: contents.tensors[t][f] for f in specs[t]} for t in specs})
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """ "r=4 (here 8), alpha=8.0 (here 16.0)"; of two methods, their names alone."""
+    keys = ["variant"] if there["variant"] != here["variant"] else [k for k in there if there[k] != here.get(k)]
+    return ", ".join(f"{k}={there[k]!r} (here {here.get(k)!r})" for k in keys)
 
 
 def method_of(config: AdapterConfig) -> dict[str, Any]:

@@ -148,6 +148,8 @@ def _refuse_both(model: nn.Module, config: AdapterConfig, targets: Sequence[Targ
 
 def _directions(kept: Sequence[Adapter]) -> dict[str, Tensor]:
     """The input directions that kept adapters use, by target: rows (n, d_in)."""
+    if not isinstance(kept, Iterable) or not all(isinstance(a, Adapter) for a in kept):
+        raise TypeError(f"exclude_directions takes a list of Adapters, such as [ll.read('kind.safetensors')]; got {str(kept)[:80]!r}")
     found: dict[str, list[Tensor]] = {}
     for adapter in kept:
         for target, update in adapter.factors().items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from lora_lite.origins import read_any
 from lora_lite.peft_format.folder import CONFIG, Folder, key_pattern, read_folder
 from lora_lite.peft_format.methods import method_candidates
 from lora_lite.peft_format.reading import known_methods
-from lora_lite.variant import REGISTRY, variant_of
+from lora_lite.variant import variant_of
 
 MOST = 12  # kinds of layers shown
 
@@ -34,6 +33,7 @@ def of_file(path: Path) -> dict[str, Any]:
     layers = {t: layer(p, sizes[t], trained(config, t)) for t, p in contents.tensors.items()}
     return {
         "file": str(path), "written_by": contents.by, "variant": config.variant, "config": config.to_dict(),
+        "chosen": sorted(config.chosen()),
         **counted(layers, contents.also), "fingerprint": contents.fingerprint, "metadata": contents.metadata,
         "diagnostics": {k: v if math.isfinite(v) else repr(v) for k, v in contents.diagnostics.items()},
     }  # fmt: skip
@@ -118,14 +118,7 @@ def settings(s: Mapping[str, Any]) -> str:
     """What the config says other than its variant's defaults; of PEFT's everything that is not off."""
     if "peft_type" in s:
         return ", ".join(f"{k}={v!r}" for k, v in sorted(s["config"].items()) if v not in (None, False, [], {}, "") and k != "peft_type")
-    standard = default_config(s["variant"])
-    return ", ".join(f"{k}={v!r}" for k, v in s["config"].items() if k != "variant" and v != standard.get(k)) or "its variant's defaults"
-
-
-def default_config(variant: str) -> dict[str, Any]:
-    fields = dataclasses.fields(REGISTRY[variant].Config)
-    needed = any(f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING for f in fields)
-    return {} if needed else REGISTRY[variant].Config().to_dict()
+    return ", ".join(f"{k}={s['config'][k]!r}" for k in s["chosen"]) or "its variant's defaults"
 
 
 def base(fingerprint: Mapping[str, Any] | None) -> str:
