@@ -41,7 +41,9 @@ def attach(
     c                 the resting coefficient, 1.0 unless told
     train_also        regexes of other parameters to train and save with it (a fresh head, norms); originals return at detach
     seed              of the initial values; without one the global random state is used
-    exclude_directions  adapters whose directions the new one leaves out (variants that choose directions)
+    exclude_directions  low-rank adapters whose input directions the new one leaves out (variants that choose directions). A singular
+                        direction is in use where the rows of their A span half of its squared length: always PiSSA's own, a
+                        LoRA's only where training turned its random A there; where none is, a warning says so
 
     All or nothing: on any error the model is as it was. Raises RuntimeError where nothing matches or a layer cannot carry
     an adapter, ValueError for a name in use or calibration data that is missing or does not fit.
