@@ -6,7 +6,7 @@ from lora_lite.adapter import Adapter
 from lora_lite.checkpoint import CheckpointError
 from lora_lite.config import AdapterConfig, RankedConfig
 from lora_lite.history import HistoryBake, disabled, stack
-from lora_lite.lifecycle import adapters, attach, load
+from lora_lite.lifecycle import adapters, attach, load, read
 from lora_lite.lowrank import LowRank
 from lora_lite.peft_format import from_peft, to_peft
 from lora_lite.steering import (
@@ -51,5 +51,5 @@ __all__ = [
     "LoRAXSConfig", "LowRank", "MiSSConfig", "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig",
     "SharedSubspace", "Target", "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach", "block_shifts",
     "calibrate_c", "completion_nll", "disabled", "dose_response", "find_targets", "from_peft", "load", "margin_nll",
-    "null_control", "pcgrad", "reference_kl", "register", "stack", "to_peft", "train_steering",
+    "null_control", "pcgrad", "read", "reference_kl", "register", "stack", "to_peft", "train_steering",
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from lora_lite.base import hazard, is_linear, refusal, sizes, transposed
 from lora_lite.config import AdapterConfig
 from lora_lite.dial import Dial
 from lora_lite.hooks import HOOKS, Hook, hooks_on
-from lora_lite.target import Target
+from lora_lite.target import Target, check_model
 from lora_lite.variant import Base, Variant, variant_of
 
 
@@ -202,6 +202,14 @@ def substitute(model: nn.Module, name: str, new: Parameter) -> Parameter:
     return old
 
 
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """The names of each parameter that has several, by each of them: {"lm_head.weight": ["embed_tokens.weight", "lm_head.weight"]}."""
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return {name: several for several in names.values() if len(several) > 1 for name in several}
+
+
 def fresh_parameter(value: Tensor, like: Tensor, trainable: bool, copy: bool = True) -> Parameter:
     """A Parameter on the layer's device, fit for training even when made under inference_mode; `copy` unless the value is ours."""
     with torch.inference_mode(False):
@@ -211,6 +219,7 @@ def fresh_parameter(value: Tensor, like: Tensor, trainable: bool, copy: bool = T
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module itself where torch.compile wrapped it. Raises RuntimeError for wrappers that must come after the adapter."""
+    check_model(model)
     if isinstance(model, torch.nn.parallel.DistributedDataParallel) or type(model).__name__ == "FullyShardedDataParallel":
         raise RuntimeError(
             f"attach before wrapping in {type(model).__name__}: gradients of what comes later are never reduced between ranks"
@@ -244,6 +253,7 @@ def warn_of_hazards(targets: Iterable[Target]) -> None:
 
 def inner(model: nn.Module) -> nn.Module:
     """The module itself behind torch.compile's and DDP's wrappers."""
+    check_model(model)
     while isinstance(model, torch.nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
         model = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model._orig_mod  # type: ignore[assignment]
     return model

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -14,6 +14,46 @@ import torch
 
 ROLES = ("reader", "writer")
 T = TypeVar("T")
+
+# What a field is called here, for those who come from PEFT, and where that is said which is no field.
+CALLED = {
+    "lora_alpha": "alpha", "lora_dropout": "dropout", "module_dropout": "dropout", "rank": "r", "lora_r": "r", "lora_rank": "r",
+    "target_modules": "targets", "exclude_modules": "exclude", "layers_to_transform": "layers", "use_rslora": "rslora",
+    "oft_block_size": "block_size",
+}  # fmt: skip
+SAID = {
+    "modules_to_save": "train_also= of ll.attach",
+    "bias": 'train_also=r"bias$" of ll.attach',
+    "use_dora": "DoRAConfig",
+    "init_lora_weights": "a config of its own, such as PiSSAConfig",
+    "seed": "seed= of ll.attach",
+    "name": "name= of ll.attach",
+    "c": "c= of ll.attach, and `with adapter(model, c=...)`",
+    **dict.fromkeys(("task_type", "inference_mode", "fan_in_fan_out", "peft_type"), "nothing: leave it out"),
+}
+MEANT = {
+    "targets": '"all-linear" or regexes',
+    "exclude": "regexes, such as ('lm_head',)",
+    "layer_range": "two fractions, such as (0.2, 0.8)",
+    "layers": "block indices, such as (2,)",
+    "roles": f"among {ROLES}",
+}
+
+
+def misnamed(kind: type[AdapterConfig], names: Iterable[str]) -> str | None:
+    """Which of these are no fields of a config, and what they are called; None where all are."""
+    known = [f.name for f in dataclasses.fields(kind)]
+    if not (unknown := sorted(set(names) - set(known))):
+        return None
+    here = [f"{n} is {CALLED[n]} here" for n in unknown if CALLED.get(n) in known] + [f"for {n}, {SAID[n]}" for n in unknown if n in SAID]
+    return f"{kind.__name__} has no fields {unknown}{''.join(f'; {hint}' for hint in here)}; it has {sorted(known)}"
+
+
+def as_tuple(value: Any, what: str) -> tuple[Any, ...]:
+    try:
+        return tuple(value)
+    except TypeError as error:
+        raise ValueError(f"{what} must be {MEANT[what]}; got {value!r}") from error
 
 
 def as_patterns(value: str | Sequence[str], what: str) -> tuple[str, ...]:
@@ -49,14 +89,23 @@ class AdapterConfig:
     roles: str | Sequence[str] | None = None
     dtype: torch.dtype = torch.float32
 
+    def __new__(cls, *given: Any, **fields: Any) -> Self:
+        """A dataclass says "unexpected keyword argument"; here a newcomer learns what the field is called."""
+        if given:
+            first = "r" if isinstance(given[0], int) and "r" in {f.name for f in dataclasses.fields(cls)} else "targets"
+            raise TypeError(f"{cls.__name__} takes its fields by name, such as {cls.__name__}({first}={given[0]!r})")
+        if wrong := misnamed(cls, fields):
+            raise TypeError(wrong)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for name in ("exclude", "layer_range", "layers", "roles"):  # JSON and users bring lists (or a lone string)
             value = getattr(self, name)
             if isinstance(value, str):
                 value = (value,)
-            object.__setattr__(self, name, tuple(value) if value is not None else None)
+            object.__setattr__(self, name, as_tuple(value, name) if value is not None else None)
         if not isinstance(self.targets, str):
-            object.__setattr__(self, "targets", tuple(self.targets))
+            object.__setattr__(self, "targets", as_tuple(self.targets, "targets"))
         if not self.targets:
             raise ValueError('targets is empty; give "all-linear" or regexes')
         as_patterns(self.targets, "targets")
@@ -94,6 +143,11 @@ class AdapterConfig:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {"variant": self.variant} | fields | {"dtype": str(self.dtype).removeprefix("torch.")}
 
+    def chosen(self) -> dict[str, Any]:
+        """The fields that are not at their defaults: what there is to say of it in a sentence."""
+        defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in dataclasses.fields(self)}
+        return {name: value for name, default in defaults.items() if (value := getattr(self, name)) != default}
+
     def to_json(self) -> str:
         return json.dumps(self.to_dict())
 
@@ -104,9 +158,8 @@ class AdapterConfig:
         variant = values.pop("variant", cls.variant)
         if variant != cls.variant:
             raise ValueError(f"this is a config of variant {variant!r}, not {cls.variant!r}")
-        known = {f.name for f in dataclasses.fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"{cls.__name__} has no fields {unknown}; it has {sorted(known)}")
+        if wrong := misnamed(cls, values):
+            raise ValueError(wrong)
         if isinstance(values.get("dtype"), str):
             values["dtype"] = getattr(torch, values["dtype"], values["dtype"])
         return cls(**values)

@@ -104,7 +104,8 @@ class Varied:
 
 def check_float(c: Any) -> float:
     if isinstance(c, bool) or not hasattr(c, "__float__"):
-        raise TypeError(f"c must be a number or a tensor, got {type(c).__name__}")
+        hint = "; for one number per row write torch.tensor(c)" if isinstance(c, list | tuple) else ""
+        raise TypeError(f"c must be a number or a tensor, got {type(c).__name__}{hint}")
     if getattr(c, "ndim", 0):
         raise TypeError(f"c must be a number or a tensor, got {type(c).__name__}; write torch.as_tensor(c)")
     if not math.isfinite(value := float(c)):
@@ -116,7 +117,8 @@ def check_tensor(c: Tensor) -> Tensor:
     if c.is_complex() or c.dtype is torch.bool:
         raise TypeError(f"c must be a real tensor, got one of {c.dtype}")
     if c.dim() > 2 or c.numel() == 0:
-        raise ValueError(f"c must be a scalar, one number per row (B,) or one per token (B, T); got shape {tuple(c.shape)}")
+        hint = "; c.flatten() is one per row" if c.numel() and c.numel() == c.shape[0] else ""
+        raise ValueError(f"c must be a scalar, one number per row (B,) or one per token (B, T); got shape {tuple(c.shape)}{hint}")
     if not is_functorch(c) and not bool(torch.isfinite(c.detach()).all()):
         raise ValueError(f"c must be finite, got {c.detach().flatten()[:8].tolist()}")
     return c if c.is_floating_point() else c.float()
@@ -148,6 +150,8 @@ def rows(c: Tensor, x: Tensor, routed: bool, path: str) -> Tensor:
         return c.repeat_interleave(x.shape[0] // n, 0).view(*x.shape[:2], *[1] * (x.dim() - 2))
     if flat and x.shape[0] == c.numel():  # exactly: more rows could be beams of a one-token step as well as more tokens
         return c.reshape(-1, 1)
+    if c.shape[1] == 1:
+        raise ValueError(f"{seen}: that is one number for each token of a forward of one token; for one per row give c[:, 0]")
     hint = "; while decoding from a cache a step holds one token: use one c per row there" if x.shape[-2] == 1 else ""
     raise ValueError(f"{seen}: a per-token c needs a full forward of exactly its {c.shape[1]} tokens{hint}")
 

@@ -1,4 +1,4 @@
-"""Does a file fit this model, or this adapter? Everything is checked here, before anything is touched."""
+"""Does a file fit this model, or this adapter, or itself alone? Everything is checked here, before anything is touched."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from loguru import logger
 from torch import Tensor, nn
 
 from lora_lite.base import compare_fingerprint, fingerprint, is_linear, sizes
-from lora_lite.checkpoint import CheckpointError, Contents, check_tensors, renamed
+from lora_lite.checkpoint import CheckpointError, Contents, check_tensors, listed, renamed
 from lora_lite.config import AdapterConfig
 from lora_lite.origins import read_any as read
 from lora_lite.variant import variant_of
 
 Path = str | os.PathLike[str]
 Sizes = Mapping[str, tuple[int, int]]
+UNMISTAKABLE = (3 << 20, 5 << 20)  # d_in and d_out that no rank is, and that blocks of any usual size divide
 
 
 def for_model(path: Path, model: nn.Module, strict_base: bool) -> tuple[Contents, dict[str, tuple[int, int]], dict[str, Any]]:
@@ -45,12 +46,48 @@ def for_adapter(
 ) -> Contents:
     """A file's contents for an adapter that exists: the same method at every layer, the same tensors, the same base."""
     contents = fitted(renamed(read(path), layer_sizes, also), layer_sizes)
-    if differing := [t for t, s in layer_sizes.items() if method_of(contents.config.at(t, *s)) != method_of(config.at(t, *s))]:
-        raise CheckpointError(f"{path}: made with {contents.config}, this adapter has {config}; they differ at {differing[:5]}")
+    there, here = ({t: method_of(cfg.at(t, *s)) for t, s in layer_sizes.items()} for cfg in (contents.config, config))
+    if differing := [t for t in layer_sizes if there[t] != here[t]]:
+        found = differences(there[differing[0]], here[differing[0]])
+        raise CheckpointError(f"{path}: it was made with {found}, at {listed(differing)}; ll.attach or ll.load one made as it was")
     if {n: tuple(v.shape) for n, v in contents.also.items()} != dict(also):
         raise CheckpointError(f"{path}: it also holds {sorted(contents.also)}, this adapter trains {sorted(also)} beside its own")
     check_base(path, contents.fingerprint, base, strict_base)
     return contents
+
+
+def for_nobody(path: Path) -> tuple[Contents, dict[str, tuple[int, int]]]:
+    """A file's contents without a model, and the sizes of its layers, which its fingerprint or its tensors say."""
+    contents = read(path)
+    said = layer_sizes_said(contents)
+    if unknown := [t for t, size in said.items() if size is None]:
+        raise CheckpointError(
+            f"{path}: it has no fingerprint, and what {contents.config.variant!r} keeps does not say how wide the layers {listed(unknown)} "
+            "are; a model does: ll.load(model, path)"
+        )
+    layer_sizes = {t: size for t, size in said.items() if size is not None}
+    return fitted(contents, layer_sizes), layer_sizes
+
+
+def layer_sizes_said(contents: Contents) -> dict[str, tuple[int, int] | None]:
+    """(d_in, d_out) of each layer, or None where neither the fingerprint nor a tensor says it."""
+    return {t: size_printed(contents.fingerprint, t) or size_measured(contents.config, t, p) for t, p in contents.tensors.items()}
+
+
+def size_printed(fingerprint: Mapping[str, Any] | None, target: str) -> tuple[int, int] | None:
+    try:
+        d_out, d_in = fingerprint["targets"][target]["shape"]  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):  # none, or one that anyone may have written
+        return None
+    return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) and min(d_in, d_out) > 0 else None
+
+
+def size_measured(config: AdapterConfig, target: str, p: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """The sizes of tensors at the places where the variant, asked about a layer of unmistakable sizes, answers with these."""
+    specs = variant_of(config).param_specs(*UNMISTAKABLE, config.at(target, *UNMISTAKABLE))
+    places = [(f, i, n) for f, spec in specs.items() for i, n in enumerate(spec.shape) if f in p and p[f].dim() == len(spec.shape)]
+    found = [{p[f].shape[i] for f, i, n in places if n == size} for size in UNMISTAKABLE]
+    return (found[0].pop(), found[1].pop()) if len(found[0]) == len(found[1]) == 1 else None
 
 
 def fitted(contents: Contents, layer_sizes: Sizes) -> Contents:
@@ -59,6 +96,12 @@ def fitted(contents: Contents, layer_sizes: Sizes) -> Contents:
     specs = {t: variant.param_specs(*s, contents.config.at(t, *s)) for t, s in layer_sizes.items()}
     check_tensors(contents, {t: {f: s.shape for f, s in fields.items()} for t, fields in specs.items()})
     return dataclasses.replace(contents, tensors={t: {f: contents.tensors[t][f] for f in specs[t]} for t in specs})
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """ "r=4 (here 8), alpha=8.0 (here 16.0)"; of two methods, their names alone."""
+    keys = ["variant"] if there["variant"] != here["variant"] else [k for k in there if there[k] != here.get(k)]
+    return ", ".join(f"{k}={there[k]!r} (here {here.get(k)!r})" for k in keys)
 
 
 def method_of(config: AdapterConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ DoRAs do not commute. (Input sites run before output sites: a live ia3_ff change
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -219,6 +219,8 @@ class HistoryBake:
 
 
 def as_pairs(adapters: Pairs) -> Pairs:
+    if isinstance(adapters, Adapter) or not isinstance(adapters, Iterable):
+        raise TypeError(f"a history takes a list of (adapter, c) pairs, e.g. [(kind, 1.0), (brief, 0.5)]; got {adapters!r} itself")
     for pair in adapters:
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[0], Adapter):
             raise TypeError(f"a history takes (adapter, c) pairs, e.g. [(kind, 1.0), (brief, 0.5)]; got {pair!r}")

@@ -95,7 +95,10 @@ def check_calibration(config: AdapterConfig, variant: type[Variant], data: Any, 
     if loss is not None and variant.observes != "gradients":
         raise ValueError(f"variant {config.variant!r} reads no gradients; leave loss out")
     if data is None and (variant.calibration == "required" or variant.needs_calibration(config)):
-        raise ValueError(f"{config} needs calibration data: attach(model, config, calibration_data=batches or activations per target)")
+        raise ValueError(
+            f"variant {config.variant!r} needs calibration data for {config.chosen()}: attach(model, config, calibration_data=...), which "
+            "takes batches, or activations per target"
+        )
     if data is not None and variant.calibration == "no":
         raise ValueError(f"variant {config.variant!r} makes no use of calibration data; leave calibration_data out")
 

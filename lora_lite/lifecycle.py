@@ -1,17 +1,18 @@
-"""How does an adapter come onto a model: fresh, back again, from a file, or found there?"""
+"""How does an adapter come onto a model: fresh, back again, from a file (or only out of it), or found there?"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lora_lite import fitting
 from lora_lite.adapter import Adapter, CValue, Path, check_name, handle_of
-from lora_lite.attachment import Shared, all_hooks, beside, check_layers, fresh_parameter, inner, unwrapped
+from lora_lite.attachment import Shared, all_hooks, beside, check_layers, fresh_parameter, inner, tied_names, unwrapped
 from lora_lite.base import fingerprint
 from lora_lite.config import AdapterConfig, as_patterns
 from lora_lite.dial import Coefficient, Setting
@@ -41,7 +42,9 @@ def attach(
     c                 the resting coefficient, 1.0 unless told
     train_also        regexes of other parameters to train and save with it (a fresh head, norms); originals return at detach
     seed              of the initial values; without one the global random state is used
-    exclude_directions  adapters whose directions the new one leaves out (variants that choose directions)
+    exclude_directions  low-rank adapters whose input directions the new one leaves out (variants that choose directions). A singular
+                        direction is in use where the rows of their A span half of its squared length: always PiSSA's own, a
+                        LoRA's only where training turned its random A there; where none is, a warning says so
     loss              (model's output, batch) -> scalar, for variants that read gradients; else the output's own `loss`
 
     All or nothing: on any error the model is as it was. Raises RuntimeError where nothing matches or a layer cannot carry
@@ -60,6 +63,7 @@ def attach(
     specs = {t.name: variant.param_specs(t.d_in, t.d_out, config.at(t.name, t.d_in, t.d_out)) for t in targets}
     check_layers(model, name, targets, variant, specs)
     also = _also(model, train_also)
+    _refuse_both(model, config, targets, also)
     if exclude_directions and not variant.chooses_directions:
         raise ValueError(f"variant {config.variant!r} chooses no directions; leave exclude_directions out")
     exclude = _directions(exclude_directions)
@@ -100,6 +104,20 @@ def load(model: nn.Module, path: Path, name: str | None = None, c: CValue = 1.0,
     return Adapter.from_checkpoint(model, path, name, c, strict_base)
 
 
+def read(path: Path, name: str = "default", c: CValue = 1.0) -> Adapter:
+    """The adapter in a file as a value, without any model: `ll.HistoryBake(model, [(ll.read("kind.safetensors"), 1.0)])`.
+
+    Detached: to look at, save, stack, export (`ll.to_peft`), or put on a model later (`ll.attach(model, adapter)`, which checks
+    the base then). Layers keep the names in the file; `ll.load` also finds them under a wrapper's. Costs the reading of the file.
+    Raises what `ll.load` raises of a file by itself, and CheckpointError for one that does not say how wide its layers are.
+    """
+    contents, layer_sizes = fitting.for_nobody(path)
+    return Adapter(
+        contents.config, contents.tensors, layer_sizes, name=name, also=contents.also, metadata=contents.metadata,
+        fingerprint=contents.fingerprint, diagnostics=contents.diagnostics, calibrated=contents.calibrated, c=c,
+    )  # fmt: skip
+
+
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters attached to a model, by name; also on a deepcopy or an unpickled model, which carries its own."""
     model = inner(model)
@@ -118,14 +136,34 @@ def _also(model: nn.Module, patterns: Sequence[str] | str) -> dict[str, Paramete
     for pattern in patterns:
         hits = [n for n in names if re.search(pattern, n)]
         if not hits:
+            for name, several in tied_names(model).items():
+                if re.search(pattern, name):
+                    raise RuntimeError(
+                        f"train_also {pattern!r} names {name}, which is tied to {several[0]}: one parameter under two names; "
+                        f"train_also={re.escape(several[0])!r} trains both"
+                    )
             raise RuntimeError(f"train_also {pattern!r} matches no parameter; there are e.g. {list(names)[-3:]}")
         found.update({n: fresh_parameter(names[n], names[n], True) for n in hits})
     beside(model, found)  # none that another adapter trains
     return found
 
 
+def _refuse_both(model: nn.Module, config: AdapterConfig, targets: Sequence[Target], also: Iterable[str]) -> None:
+    """Refuse to train a weight that the adapter changes too: it is the base that c = 0 is and the fingerprint knows."""
+    adapted = {id(t.module._parameters.get("weight")): t.name for t in targets}
+    have = dict(model.named_parameters())
+    if both := {n: adapted[id(have[n])] for n in also if id(have[n]) in adapted}:
+        exclude = (*config.exclude, *(rf"{re.escape(t)}$" for t in list(both.values())[:3]))
+        raise RuntimeError(
+            f"train_also would train {list(both)[:3]} ({len(both)} in all), the weights of layers that get an adapter too; leave these "
+            f"layers to one of the two: {type(config).__name__}(exclude={exclude}, ...) keeps the adapter off them"
+        )
+
+
 def _directions(kept: Sequence[Adapter]) -> dict[str, Tensor]:
     """The input directions that kept adapters use, by target: rows (n, d_in)."""
+    if not isinstance(kept, Iterable) or not all(isinstance(a, Adapter) for a in kept):
+        raise TypeError(f"exclude_directions takes a list of Adapters, such as [ll.read('kind.safetensors')]; got {str(kept)[:80]!r}")
     found: dict[str, list[Tensor]] = {}
     for adapter in kept:
         for target, update in adapter.factors().items():

@@ -67,7 +67,7 @@ def read_any(path: str | os.PathLike[str]) -> Contents:
     except Exception as error:  # anyone may have written the header
         raise CheckpointError(f"{path}: its header cannot be read: {brief(error)}") from error
     beside = {k: v for k, v in metadata.items() if k not in SAID and k not in RESERVED}
-    return Contents(config, tensors, metadata=beside, source=str(path))
+    return Contents(config, tensors, metadata=beside, source=str(path), by=SYSTEMS[reader])
 
 
 Reader = Callable[[Mapping[str, str], dict[str, Tensor]], tuple[AdapterConfig, dict[str, dict[str, Tensor]]]]
@@ -103,6 +103,9 @@ def from_guide(metadata: Mapping[str, str], flat: dict[str, Tensor]) -> tuple[Ad
         )
     said.pop("dtype", None)
     return LoRAConfig.from_dict(said), by_target(flat)
+
+
+SYSTEMS: dict[Reader, str] = {from_lora: "ModulatedLoRA", from_pissa: "ModulatedPiSSA", from_guide: "the variant guide's runtime"}
 
 
 def placed(metadata: Mapping[str, str]) -> dict[str, Any]:

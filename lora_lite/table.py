@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lora_lite import variants as _registered  # noqa: F401 the files register themselves
+from lora_lite.peft_format.methods import METHODS
 from lora_lite.variant import REGISTRY, Variant
 
 MARK = "<!-- {name}:{end} -->"
@@ -24,7 +26,19 @@ def reads(v: type[Variant]) -> str:
     return "at init" if v.reads_weight == "init" else "at every forward"
 
 
-# A question and how a variant's declarations answer it. Nothing is probed: what is not declared cannot be answered.
+PEFT = {
+    m.variant: ", ".join([m.peft_type, *(k for k, v in m.when.items() if v is True), *(f"of {k}={v!r}" for k, v in m.fixed.items())])
+    for m in METHODS
+    if m.writes
+}
+
+
+def in_peft(v: type[Variant]) -> str:
+    """What a folder that `to_peft` writes calls the method."""
+    return PEFT.get(v.name, "as a plain LORA" if v.form == "low-rank" else "no")
+
+
+# A question and how a variant's declarations answer it; tests/test_tables.py tries every yes and every no of every variant.
 MATRIX: Mapping[str, Callable[[type[Variant]], Answer]] = {
     "c per row": lambda v: Answer(v.row_c, v.why_not.get("row_c", "")),
     "linear in c": lambda v: Answer(v.linear_in_c, v.why_not.get("linear_in_c", "")),
@@ -34,12 +48,15 @@ MATRIX: Mapping[str, Callable[[type[Variant]], Answer]] = {
         v.form == "low-rank" or v.exact_low_rank != "no", f"{v.name} is no low-rank sum; only a truncated SVD of its effect is one"
     ),
     "quantised base": lambda v: Answer(v.reads_weight == "never", f"{v.name} reads the dense weight {reads(v)}"),
+    "PEFT folder": lambda v: Answer(
+        in_peft(v) != "no", f"PEFT has no {v.name}, and it is no low-rank sum; as_lora=True writes the nearest"
+    ),
 }
 
 OVERVIEW: Mapping[str, Callable[[type[Variant]], str]] = {
-    "variant": lambda v: f"`{v.name}`",
-    "config": lambda v: f"`{v.Config.__name__}`",
-    "paper": lambda v: f"[{v.paper}](https://arxiv.org/abs/{v.paper})" if v.paper[:1].isdigit() else v.paper,
+    "variant": lambda v: v.name,
+    "config": lambda v: v.Config.__name__,
+    "paper": lambda v: v.paper,
     "trained per layer": lambda v: v.parameters,
     "tensors": lambda v: tensors(v),
     "site": lambda v: "input" if v.form == "input" else "output",
@@ -47,18 +64,50 @@ OVERVIEW: Mapping[str, Callable[[type[Variant]], str]] = {
     "calibration": lambda v: v.calibration,
     "quantised base": lambda v: "yes" if v.reads_weight == "never" else "no",
     "low-rank form": lambda v: "yes" if v.form == "low-rank" else v.exact_low_rank,
+    "PEFT name": in_peft,
     "at init": lambda v: {"bitwise": "the base", "close": "the base, nearly", "none": "not the base"}[v.identity.kind],
+}
+
+# A tensor's sizes, as formulas: the first that gives the number at a layer of unmistakable sizes stands for it.
+D_IN, D_OUT = 3 * 2**20, 5 * 2**20
+SIZES: Mapping[str, Callable[[Any], int]] = {
+    "d_in": lambda cfg: D_IN,
+    "d_out": lambda cfg: D_OUT,
+    "r": lambda cfg: cfg.r,
+    "d_in / block_size": lambda cfg: D_IN // cfg.block_size,
+    "block_size * (block_size - 1) / 2": lambda cfg: cfg.block_size * (cfg.block_size - 1) // 2,
+    "int(kind[-1]) * d_out / 2": lambda cfg: int(cfg.kind[-1]) * D_OUT // 2,
 }
 
 
 def tensors(v: type[Variant]) -> str:
-    """The trained tensors of the default config at a layer of unmistakable sizes, written back as letters."""
-    cfg = v.Config().at("layer", 1152, 2304)
-    letters = {1152: "d_in", 2304: "d_out", getattr(cfg, "r", 0): "r"}
-    trained = {name: spec.shape for name, spec in v.param_specs(1152, 2304, cfg).items() if spec.trainable}
-    return ", ".join(
-        f"{name.removeprefix('lora_')} ({' x '.join(letters.get(n, str(n)) for n in shape)})" for name, shape in trained.items()
-    )
+    """The trained tensors of the default config, with the formulas of their sizes; a size that none gives stays a number."""
+    cfg = v.Config().at("layer", D_IN, D_OUT)
+    formulas: dict[int, str] = {}
+    for formula, size in SIZES.items():
+        with suppress(AttributeError):  # a config without such a field
+            formulas.setdefault(size(cfg), formula)
+    trained = {name: spec.shape for name, spec in v.param_specs(D_IN, D_OUT, cfg).items() if spec.trainable}
+    return ", ".join(f"{name.removeprefix('lora_')} ({' x '.join(formulas.get(n, str(n)) for n in s)})" for name, s in trained.items())
+
+
+def rows() -> list[dict[str, str]]:
+    """The overview, a row per variant."""
+    return [{question: say(v) for question, say in OVERVIEW.items()} for _, v in sorted(REGISTRY.items())]
+
+
+def answers(v: type[Variant]) -> dict[str, Answer]:
+    """The matrix's row of one variant."""
+    return {question: ask(v) for question, ask in MATRIX.items()}
+
+
+# -- as Markdown ----------------------------------------------------------------------------------------------------------
+
+MARKED: Mapping[str, Callable[[str], str]] = {
+    "variant": "`{}`".format,
+    "config": "`{}`".format,
+    "paper": lambda paper: f"[{paper}](https://arxiv.org/abs/{paper})" if paper[:1].isdigit() else paper,
+}
 
 
 def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -69,17 +118,16 @@ def grid(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def overview() -> str:
     """The README's table."""
-    return grid(OVERVIEW, ([say(v) for say in OVERVIEW.values()] for _, v in sorted(REGISTRY.items())))
+    return grid(OVERVIEW, ([MARKED.get(question, str)(text) for question, text in row.items()] for row in rows()))
 
 
 def matrix() -> str:
     """Variant x capability, yes or no, and below it the reason of every no."""
-    rows, reasons = [], []
+    lines, reasons = [], []
     for name, v in sorted(REGISTRY.items()):
-        answers = {question: ask(v) for question, ask in MATRIX.items()}
-        rows.append([f"`{name}`", *("yes" if a.yes else "no" for a in answers.values())])
-        reasons += [f"- `{name}`, {question}: {a.reason}" for question, a in answers.items() if not a.yes]
-    return grid(["variant", *MATRIX], rows) + "\n\n" + "\n".join(reasons)
+        lines.append([f"`{name}`", *("yes" if a.yes else "no" for a in answers(v).values())])
+        reasons += [f"- `{name}`, {question}: {a.reason}" for question, a in answers(v).items() if not a.yes]
+    return grid(["variant", *MATRIX], lines) + "\n\n" + "\n".join(reasons)
 
 
 TABLES: Mapping[str, Callable[[], str]] = {"variants": overview, "matrix": matrix}

@@ -61,6 +61,11 @@ def _block(target: Target) -> str:
     return "-" if target.depth is None else f"{target.depth} of {target.blocks}"
 
 
+def check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model comes first, a torch.nn.Module; got {type(model).__name__}: {str(model)[:80]!r}")
+
+
 def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
     """The linear layers that `cfg` means, in the order of the model; `print` shows them as a table. Touches nothing.
 
@@ -69,6 +74,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
     Linears outside any stack of blocks are kept by a depth band. Raises RuntimeError, all problems in one, where a regex,
     the band, the roles or a key of rank_pattern or alpha_pattern leaves nothing, with what was possible instead.
     """
+    check_model(model)
     search = Search(model, cfg)
     if problems := search.problems():
         asked = f"targets={cfg.targets!r}, exclude={cfg.exclude!r}, {band_of(cfg)}, roles={cfg.roles!r}"

@@ -29,7 +29,19 @@ from torch import Tensor
 
 import lora_lite as ll
 from lora_lite import checkpoint
-from lora_lite.checkpoint import CheckpointError, Contents, check_tensors, match_names, read, renamed, strip_prefixes, write
+from lora_lite.checkpoint import (
+    CheckpointError,
+    Contents,
+    check_tensors,
+    layout,
+    match_names,
+    read,
+    reading,
+    renamed,
+    strip_prefixes,
+    write,
+    writing,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -200,8 +212,8 @@ def golden_contents() -> Contents:
 
 
 def test_the_golden_file_is_written_byte_for_byte(path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoint, "__version__", "0.0.0")
-    monkeypatch.setattr(checkpoint, "config_text", lambda config: CONFIG)  # a field added to a config is no change of the format
+    monkeypatch.setattr(writing, "__version__", "0.0.0")
+    monkeypatch.setattr(writing, "config_text", lambda config: CONFIG)  # a field added to a config is no change of the format
     write(path, golden_contents())
     assert path.read_bytes() == golden()
 
@@ -289,7 +301,7 @@ def test_what_could_not_be_read_is_not_saved(path: Path, case: str):
 
 
 def test_a_header_that_safetensors_would_refuse_is_not_saved(path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoint, "HEADER_LIMIT", 100_000)
+    monkeypatch.setattr(layout, "HEADER_LIMIT", 100_000)
     with pytest.raises(CheckpointError, match="safetensors allows 100,000"):
         write(path, contents(metadata={"note": "x" * 100_000}))
     assert not path.exists()
@@ -715,7 +727,7 @@ def test_a_mangled_file_is_refused_or_read_as_it_was(path: Path, number: int):
 
 def test_without_the_hash_mangled_files_would_be_read(path: Path, monkeypatch: pytest.MonkeyPatch):
     """The control: the mangling reaches past what safetensors and the checks of names and values would find."""
-    monkeypatch.setattr(checkpoint, "check_digest", lambda *_: None)
+    monkeypatch.setattr(reading, "check_digest", lambda *_: None)
     assert mangled_reads(path, 300, 300)[2] > 20
 
 

@@ -50,7 +50,11 @@ def moved(adapter: ll.Adapter, by: float = 0.5) -> ll.Adapter:
 
 # --- the ledger --------------------------------------------------------------------------------------------------------
 
-ALSO: dict[str, tuple[str, ...]] = {"a": (), "b": (BIAS,), "c": (r"layers\.1\.down\.weight",)}
+ALSO: dict[str, dict[str, Any]] = {
+    "a": {},
+    "b": {"train_also": BIAS},
+    "c": {"train_also": r"layers\.1\.down\.weight", "exclude": (r"layers\.1\.down",)},
+}
 
 
 @pytest.mark.parametrize("leaving", list(itertools.permutations("abc")), ids="".join)
@@ -60,7 +64,7 @@ def test_three_adapters_come_and_leave_in_any_order(coming: tuple[str, ...], lea
     model = mlp()
     mixed_flags(model)
     rows, before, base = {"a": LORA, "b": FF, "c": DORA}, snapshot(model), model(X)
-    here = {name: moved(attach(model, rows[name], name=name, train_also=ALSO[name])) for name in coming}
+    here = {name: moved(attach(model, rows[name], name=name, **ALSO[name])) for name in coming}
     assert list(ll.adapters(model)) and set(ll.adapters(model)) == set("abc")
     for name in leaving:
         expected = {n for adapter in here.values() for n, _ in adapter.named_parameters()}
@@ -679,10 +683,10 @@ def test_an_attach_that_fails_leaves_the_model_as_it_was(step: str, k: int, comp
     owner, name, _ = STEPS[step]
     with monkeypatch.context() as patch, pytest.raises(Broken):
         patch.setattr(owner, name, failing(getattr(owner, name), k))
-        attach(model, LORA, train_also=(BIAS, r"layers\.2\.down\.weight"))
+        attach(model, LORA, train_also=(BIAS, r"layers\.2\.down\.bias"))
     assert not changed(before, snapshot(model)) and same_bits(model(X), want)
     assert list(ll.adapters(model)) == (["company"] if company else [])
-    adapter = attach(model, LORA, train_also=(BIAS, r"layers\.2\.down\.weight"))  # nothing of the failure is left to be in the way
+    adapter = attach(model, LORA, train_also=(BIAS, r"layers\.2\.down\.bias"))  # nothing of the failure is left to be in the way
     adapter.detach()
     assert not changed(before, snapshot(model))
 

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
 from lora_lite.peft_format import folder as folder_module
@@ -760,6 +760,41 @@ def test_tied_modules_are_refused(tmp_path: Path) -> None:
     trained(config, tmp_path, gpt2())
     with pytest.raises(ll.CheckpointError, match="tied to another"):
         ll.from_peft(model, tmp_path)
+
+
+def tied() -> Any:
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=128,
+                    tie_word_embeddings=True)
+    )  # fmt: skip
+    return model.eval()
+
+
+def test_what_peft_would_untie_is_not_written(tmp_path: Path) -> None:
+    """PEFT copies the embedding that it saves and leaves the head tied to the old one: another model."""
+    model = tied()
+    adapter = randomise(ll.attach(model, ll.LoRAConfig(r=4, targets="q_proj"), train_also="embed_tokens"))
+    with pytest.raises(ll.CheckpointError, match=r"model\.embed_tokens\.weight \(to lm_head\.weight\).*PEFT unties"):
+        ll.to_peft(adapter, tmp_path / "x")
+    adapter.detach()
+    with pytest.raises(RuntimeError, match=r"trains model\.embed_tokens\.weight beside its own.*attach the adapter first"):
+        ll.to_peft(adapter, tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+    adapter.save(tmp_path / "a")  # our own file can say it
+    want = ll.attach(model, adapter) and logits(model)
+    adapter.detach()
+    ll.load(model, tmp_path / "a")
+    assert same_bits(logits(model), want)
+
+
+def test_train_also_names_the_other_name_of_a_tied_parameter() -> None:
+    model = tied()
+    with pytest.raises(RuntimeError, match=r"'lm_head' names lm_head\.weight, which is tied to model\.embed_tokens\.weight.*trains both"):
+        ll.attach(model, ll.LoRAConfig(r=4), train_also="lm_head")
+    with pytest.raises(RuntimeError, match=r"train_also would train \['model\.embed_tokens\.weight'\].*'lm_head\$'"):
+        ll.attach(model, ll.LoRAConfig(r=4, targets="lm_head", exclude=()), train_also="embed_tokens")
+    assert not ll.adapters(model)
+    assert ll.attach(model, ll.LoRAConfig(r=4), train_also="embed_tokens").also()
 
 
 def test_a_name_in_use_leaves_the_first_alone(folder_of_pefts: Path) -> None:

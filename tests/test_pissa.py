@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -387,6 +387,47 @@ def test_rounds_of_attachments_use_directions_of_their_own(train: str) -> None:
         assert_close((one @ again.T).abs(), torch.eye(3, dtype=F64))
     with pytest.raises(ValueError, match=r"layers\.0\.up: asked for r=12 directions, exclude_directions leave"):
         ll.attach(model, dataclasses.replace(cfg, r=12), name="third", exclude_directions=[first, second])
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The warnings of the library's log."""
+    lines: list[str] = []
+    handler = logger.add(lines.append, level="WARNING", format="{message}")  # type: ignore[arg-type]
+    logger.enable("lora_lite")
+    yield lines
+    logger.disable("lora_lite")
+    logger.remove(handler)
+
+
+def kept_lora(model: nn.Module, rows: Callable[[Tensor], Tensor]) -> ll.Adapter:
+    """A LoRA whose A has these rows, made of each layer's right singular vectors."""
+    kept = randomise(ll.attach(model, ll.LoRAConfig(r=2, dtype=F64), name="kept", seed=0))
+    with torch.no_grad():
+        for target, fields in kept.tensors().items():
+            Vh = torch.linalg.svd(model.get_submodule(target).weight, full_matrices=False)[2]  # type: ignore[arg-type]
+            fields["lora_A"].copy_(rows(Vh))
+    return kept
+
+
+def test_a_loras_rows_keep_matching_directions_out() -> None:
+    """What a LoRA reads is the span of A's rows: mixtures of the first two singular vectors leave both out, whatever B is."""
+    model = mlp(F64)
+    kept = kept_lora(model, lambda Vh: torch.tensor([[2.0, 1.0], [-1.0, 0.1]], dtype=F64) @ Vh[:2])
+    second = ll.attach(model, config(r=3), name="second", exclude_directions=[kept])
+    for target, fields in second.tensors().items():
+        Vh = torch.linalg.svd(model.get_submodule(target).weight, full_matrices=False)[2]  # type: ignore[arg-type]
+        chosen = torch.nn.functional.normalize(fields["lora_A0"], dim=1) @ Vh.T
+        assert chosen.abs().argmax(1).tolist() == [2, 3, 4], target
+    assert 0.1 < second.diagnostics["left_out"] < 0.2  # 2 of 12
+
+
+def test_a_lora_that_matches_no_direction_is_told(said: list[str]) -> None:
+    model = mlp(F64)
+    kept = kept_lora(model, lambda Vh: Vh.mean(0).expand(2, -1))  # it leans to all of them alike
+    second = ll.attach(model, config(r=3), name="second", exclude_directions=[kept])
+    assert second.diagnostics["left_out"] == 0.0
+    assert len(said) == 1 and "exclude_directions left out no direction" in said[0]
 
 
 # --- how deep the picks lie -------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
 
 app = typer.Typer(name="lora-lite", no_args_is_help=True, add_completion=False, help="Adapters with a dial, on unmodified models.")
+JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 GIVEN_OR = {"r": 8, "alpha": 16.0}  # for variants that have them
 
 
@@ -75,6 +76,55 @@ def demo(
     raise typer.Exit(0 if summary["ok"] else 1)
 
 
+@app.command()
+def variants(as_json: JSON = False) -> None:
+    """What each method can do: one line per variant; with --json every answer, and the reason of every no."""
+    from lora_lite.cli.variants import readable, variants
+
+    typer.echo(json.dumps(variants(), ensure_ascii=False) if as_json else readable())
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="A .safetensors file of an adapter, or a PEFT folder.", show_default=False)],
+    as_json: JSON = False,
+) -> None:
+    """What is in a checkpoint, without a model: variant, config, layers and shapes, counts, metadata, fingerprint, version."""
+    from lora_lite.cli.info import info, readable
+
+    with asked_by_user("info", ll.CheckpointError, OSError):
+        found = info(file)
+    typer.echo(json.dumps(found, ensure_ascii=False, allow_nan=False) if as_json else readable(found))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="An adapter's file or a PEFT folder.", show_default=False)],
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="A PEFT folder to write, or a file of ours: a name in .safetensors.", show_default=False),
+    ],
+    as_lora: Annotated[bool, typer.Option("--as-lora", help="One plain LoRA, c folded in: what servers load.")] = False,
+    c: Annotated[
+        float | None, typer.Option("-c", help="The dose that the folder does at its full strength.  [default: 1]", show_default=False)
+    ] = None,
+    approximate: Annotated[bool, typer.Option("--approximate", help="With --as-lora: the nearest one, where none is exact.")] = False,
+    r: Annotated[int | None, typer.Option(min=1, help="With --as-lora: its rank.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the base, where it is needed: for PEFT folders, DoRA, HRA, ...", show_default=False),
+    ] = None,
+    part: Annotated[str | None, typer.Option(help='Of an IA3 folder: "ia3" or "ia3_ff".', show_default=False)] = None,
+    as_json: JSON = False,
+) -> None:
+    """A file of ours to a PEFT folder, or a PEFT folder to a file of ours."""
+    from lora_lite.cli.convert import Conversion, convert, readable
+
+    (speak if model else log)()
+    found = convert(Conversion(source, target, c, as_lora, approximate, r, model, part))
+    typer.echo(json.dumps(found, ensure_ascii=False) if as_json else readable(found))
+
+
 def config_of(variant: str, given: dict[str, Any], more: list[str]) -> ll.AdapterConfig:
     """The variant's config. Raises UserError: an unknown variant or field, or a value that cannot be meant."""
     if variant not in ll.REGISTRY:
@@ -99,13 +149,18 @@ def assignment(text: str) -> tuple[str, Any]:
         return name.strip(), value
 
 
-def speak() -> None:
+def log() -> None:
     """The library's log goes to stderr, past the progress bars."""
-    import transformers
-
     logger.remove()
     logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), level="INFO", format="<level>{message}</level>")
     logger.enable("lora_lite")
+
+
+def speak() -> None:
+    """We do, transformers does not."""
+    import transformers
+
+    log()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 

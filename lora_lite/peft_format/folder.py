@@ -25,6 +25,7 @@ from lora_lite.checkpoint import (
     in_place,
     is_unicode,
     listed,
+    make_folder,
     non_finite,
     object_from,
     problem,
@@ -57,6 +58,7 @@ class Folder:
     metadata: dict[str, str] = field(default_factory=dict)
     fingerprint: dict[str, Any] | None = None
     source: str = "the folder"
+    by: str = "PEFT"  # what wrote it, such as "PEFT 0.21.2"
 
 
 def read_folder(path: str | os.PathLike[str]) -> Folder:
@@ -76,13 +78,19 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
     fingerprint = None
     if FINGERPRINT in metadata:
         fingerprint = parsed(f"{source}, {FINGERPRINT}", metadata[FINGERPRINT])
-    return Folder(config, tensors, {k: v for k, v in metadata.items() if k not in (*OURS, *RESERVED)}, fingerprint, str(folder))
+    beside = {k: v for k, v in metadata.items() if k not in (*OURS, *RESERVED)}
+    return Folder(config, tensors, beside, fingerprint, str(folder), written_by(config, metadata))
+
+
+def written_by(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    return f"lora_lite {metadata[VERSION]}" if VERSION in metadata else f"PEFT {config.get('peft_version') or ''}".strip()
 
 
 def check_place(folder: Path) -> None:
     """Refuse, in words, what is no PEFT folder. Pickles are not read: reading one may run code."""
     if folder.is_file():
-        raise CheckpointError(f"{folder} is a file; a PEFT adapter is the folder with {CONFIG} and {TENSORS} in it")
+        instead = "" if folder.name == TENSORS else f"; ll.load(model, {str(folder)!r}) attaches a file that adapter.save wrote"
+        raise CheckpointError(f"{folder} is a file; a PEFT adapter is the folder with {CONFIG} and {TENSORS} in it{instead}")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; nothing is fetched from a hub: download the adapter first")
     missing = [name for name in (CONFIG, TENSORS) if not (folder / name).is_file()]
@@ -121,7 +129,7 @@ def write_folder(path: str | os.PathLike[str], contents: Folder) -> None:
         raise NotADirectoryError(f"{path} is a file; a PEFT adapter is a folder")
     flat = {name: v.detach().to("cpu", copy=True).contiguous() for name, v in contents.tensors.items()}
     head, config = header(described(flat, contents), flat), config_text(contents.config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     place = folder if folder.exists() else folder.with_name(f".lora_lite-{secrets.token_hex(8)}.tmp")
     try:
         place.mkdir(exist_ok=True)

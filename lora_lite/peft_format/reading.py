@@ -14,7 +14,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
-from lora_lite.attachment import all_hooks, unwrapped
+from lora_lite.attachment import all_hooks, tied_names, unwrapped
 from lora_lite.base import fingerprint, is_linear, sizes
 from lora_lite.checkpoint import CheckpointError, Contents, brief, check_tensors, listed, match_names, problem, shown, strip_prefixes
 from lora_lite.config import AdapterConfig
@@ -200,7 +200,7 @@ def assign(found: Folder, candidates: Sequence[Method], layers: Mapping[str, nn.
     saved = {key: beside[key] for key in rest if to_save(found.config, strip_prefixes(beside[key])) and beside[key] in parameters}
     bases = {key: match_names([bare(key)], parameters)[bare(key)] for key in rest if key not in saved}
     kept = {key: name for key, name in bases.items() if name in parameters}
-    tied = shared_parameters(parameters)
+    tied = tied_names(model)
     places = Counter([(names[t], field) for t, field in hits.values()]) + Counter(saved.values())
     problems = [
         *problem("of no linear layer of this model", [key for key, (t, _) in hits.items() if names[t] not in layers]),
@@ -241,11 +241,6 @@ def to_save(config: Mapping[str, Any], parameter: str) -> bool:
 
 def unsaved(config: Mapping[str, Any], parameters: Iterable[str], saved: set[str]) -> list[str]:
     return [n for n in parameters if n not in saved and to_save(config, strip_prefixes(n))]
-
-
-def shared_parameters(parameters: Mapping[str, nn.Parameter]) -> set[str]:
-    times = Counter(id(p) for p in parameters.values())
-    return {n for n, p in parameters.items() if times[id(p)] > 1}
 
 
 def check_layers(found: Folder, tensors: Mapping[str, Any], named: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from loguru import logger
 from torch import Tensor
 
 from lora_lite.adapter import Adapter
+from lora_lite.attachment import tied_names
 from lora_lite.base import transposed
 from lora_lite.checkpoint import CheckpointError, listed, strip_prefixes
 from lora_lite.dial import check_float
@@ -207,6 +208,7 @@ def about(adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def saved_beside(adapter: Adapter) -> Tensors:
     """What `train_also` trained. PEFT saves modules, and cannot save one that carries an adapter."""
+    check_untied(adapter)
     beside = {strip_prefixes(n): p.detach() for n, p in adapter.also().items()}
     targets = {strip_prefixes(t) for t in adapter.targets}
     if bad := [n for n in beside if (module := n.rpartition(".")[0]) == "" or any(f"{t}.".startswith(f"{module}.") for t in targets)]:
@@ -214,6 +216,22 @@ def saved_beside(adapter: Adapter) -> Tensors:
             f"not saved: modules_to_save cannot hold {listed(bad)}, which lie on or above adapted layers, or on the model itself"
         )
     return beside
+
+
+def check_untied(adapter: Adapter) -> None:
+    """PEFT copies the modules it saves, so that a tied one is no longer tied: there another model (logits off by 1.8, measured)."""
+    also = adapter.also()
+    if also and adapter.model is None:
+        raise RuntimeError(
+            f"adapter {adapter.name!r} trains {listed(also)} beside its own tensors: whether these are tied to other parameters, which "
+            "PEFT's folders cannot say, only the model tells: attach the adapter first"
+        )
+    tied = {} if adapter.model is None else tied_names(adapter.model)
+    if both := [f"{n} (to {next(m for m in tied[n] if m != n)})" for n in also if n in tied]:
+        raise CheckpointError(
+            f"not saved: it trains parameters that are tied to others, {listed(both)}, and PEFT unties what modules_to_save holds; keep "
+            "it by adapter.save(path), or untie them before training (tie_word_embeddings=False)"
+        )
 
 
 def report(adapter: Adapter, lost: Mapping[str, float], as_lora: bool) -> None:

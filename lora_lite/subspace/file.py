@@ -23,6 +23,7 @@ from lora_lite.checkpoint import (
     check_place,
     digest,
     in_place,
+    make_folder,
     non_finite,
     raw,
     read_header,
@@ -56,7 +57,7 @@ def write(path: str | os.PathLike[str], state: State) -> None:
         "subspace": json.dumps(described(state)),
     }
     head = checkpoint.header(metadata | {"sha256": digest(metadata, flat)}, flat)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     replace(target, [head, *(raw(v) for _, v in in_place(flat))])
 
 

@@ -188,6 +188,8 @@ class PiSSA(Variant):
         chosen = observed.choose(cfg.selection_score, cfg.r)
         U, S, Vh = observed.U[:, chosen], observed.S[chosen], observed.Vh[chosen]
         notes = {"tail_depth": tail_depth(chosen, len(observed.S))}
+        if observed.exclude is not None:
+            notes["left_out"] = float((~observed.free()).double().mean())  # the share of the directions that kept adapters use
         if cfg.train == "spectrum":
             return Initial({"lora_U": U, "lora_Vh": Vh}, notes)
         root = (S / cfg.scaling).sqrt()
@@ -196,6 +198,11 @@ class PiSSA(Variant):
     @staticmethod
     def check(cfg: PiSSAConfig, notes: Mapping[str, float]) -> str | None:
         depth = notes.get("tail_depth", 1.0)
+        if notes.get("left_out") == 0.0:  # as with a LoRA of r=8 trained on a toy Llama: 0 of 768 directions, the nearest spanned to 0.38
+            return (
+                "exclude_directions left out no direction: the kept adapters' inputs span less than half of every singular direction, as "
+                "a LoRA's do whose random A has hardly turned; PiSSA adapters keep directions of the weight itself"
+            )
         if cfg.selection_score == "s_only" or depth > DEEP:
             return None
         return (

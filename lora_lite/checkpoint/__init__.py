@@ -1,0 +1,29 @@
+"""How does an adapter become one safetensors file, and come back whole or not at all? docs/format.md in code; knows no model."""
+
+from lora_lite.checkpoint.contents import FORMAT, RESERVED, CheckpointError, Contents, by_target
+from lora_lite.checkpoint.disk import check_place, make_folder, replace
+from lora_lite.checkpoint.foreign import check_format
+from lora_lite.checkpoint.layout import (
+    DTYPES,
+    check_entries,
+    digest,
+    header,
+    in_place,
+    non_finite,
+    raw,
+    read_header,
+    read_tensors,
+    strict_json,
+)
+from lora_lite.checkpoint.names import INSIDE, check_tensors, match_names, renamed, strip_prefixes
+from lora_lite.checkpoint.reading import check_digest, object_from, read, read_metadata
+from lora_lite.checkpoint.words import brief, is_unicode, listed, problem, shown
+from lora_lite.checkpoint.writing import as_json, check_metadata, write
+
+__all__ = [
+    "CheckpointError", "Contents", "DTYPES", "FORMAT", "INSIDE", "RESERVED", "as_json", "brief", "by_target", "check_digest",
+    "check_entries", "check_format", "check_metadata", "check_place", "check_tensors", "digest", "header", "in_place",
+    "is_unicode", "listed", "make_folder",
+    "match_names", "non_finite", "object_from", "problem", "raw", "read", "read_header", "read_metadata",
+    "read_tensors", "renamed", "replace", "shown", "strict_json", "strip_prefixes", "write",
+]  # fmt: skip
