@@ -36,10 +36,10 @@ class VariedSetting(Setting):
 
 
 def limit(name: str, calibrated: Mapping[str, Any], c: str) -> float:
-    """The c that "auto" or "-auto" stands for. Raises ValueError where it is not known, or there is none."""
+    """The c that "auto" or "-auto" stands for. Raises ValueError where that is not known, or there is none."""
     side = {"auto": "positive", "-auto": "negative"}.get(c)
     if side is None:
-        raise ValueError(f'c={c!r} is neither a number nor "auto" or "-auto"')
+        raise TypeError(f'c must be a number or a tensor, or "auto" or "-auto"; got {c!r}')
     if not calibrated:
         raise ValueError(
             f"adapter {name!r}: c={c!r} needs ll.calibrate_c(adapter, prompts, ...) first; its result is saved with the adapter"

@@ -212,7 +212,7 @@ def test_auto_is_what_was_calibrated_also_from_the_file_and_on_copies(tmp_path: 
         assert adapter.c == 1.75
     with pytest.raises(ValueError, match="none below zero"), adapter(model, c="-auto"):
         pass
-    with pytest.raises(ValueError, match="neither"), adapter(model, c="full"):
+    with pytest.raises(TypeError, match='or "auto"'), adapter(model, c="full"):
         pass
     adapter.save(tmp_path / "a.safetensors")
     assert ll.adapters(copy.deepcopy(model))["default"].calibrated == adapter.calibrated == copy.deepcopy(adapter).calibrated
