@@ -13,17 +13,22 @@ from lora_lite.subspace import SharedSubspace, TaskProjection
 from lora_lite.target import Target, find_targets
 from lora_lite.variant import REGISTRY, Base, Identity, Initial, ParamSpec, Variant, register
 from lora_lite.variants import (
+    AdaLoRAConfig,
+    CorDAConfig,
     DeLoRAConfig,
     DoRAConfig,
+    EVAConfig,
     HiRAConfig,
     HRAConfig,
     HRAGSConfig,
     IA3Config,
     IA3FFConfig,
     LoRAConfig,
+    LoRAGAConfig,
     LoRAXSConfig,
     MiSSConfig,
     OFTConfig,
+    OLoRAConfig,
     PiSSAConfig,
     ROADConfig,
     VeRAConfig,
@@ -33,9 +38,9 @@ from lora_lite.version import __version__
 logger.disable("lora_lite")  # a library is silent; `logger.enable("lora_lite")` lets it speak, as the command line does
 
 __all__ = [
-    "Adapter", "AdapterConfig", "Base", "CheckpointError", "DeLoRAConfig", "DoRAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig",
-    "HistoryBake", "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig",
-    "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SharedSubspace", "Target", "TaskProjection",
-    "Variant", "VeRAConfig", "__version__", "adapters", "attach", "disabled", "find_targets", "from_peft", "load", "register",
-    "stack", "to_peft",
+    "AdaLoRAConfig", "Adapter", "AdapterConfig", "Base", "CheckpointError", "CorDAConfig", "DeLoRAConfig", "DoRAConfig",
+    "EVAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig", "HistoryBake", "IA3Config", "IA3FFConfig", "Identity", "Initial",
+    "LoRAConfig", "LoRAGAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig", "OFTConfig", "OLoRAConfig", "ParamSpec", "PiSSAConfig",
+    "REGISTRY", "ROADConfig", "RankedConfig", "SharedSubspace", "Target", "TaskProjection", "Variant", "VeRAConfig",
+    "__version__", "adapters", "attach", "disabled", "find_targets", "from_peft", "load", "register", "stack", "to_peft",
 ]  # fmt: skip

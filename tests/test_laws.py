@@ -125,7 +125,7 @@ def test_identity_at_init_is_as_declared(row: Row, dtype: torch.dtype) -> None:
     model = mlp(dtype)
     base = model(X.to(dtype))
     attach(model, row)
-    declared, found = law_of(row).identity, model(X.to(dtype))
+    declared, found = law_of(row).identity_of(row.config), model(X.to(dtype))
     assert declared.kind != "none" or declared.reason, "no identity at init needs its reason"
     if declared.kind == "bitwise":
         assert same_bits(found, base)
@@ -141,7 +141,7 @@ def test_identity_at_init_on_a_language_model(row: Row) -> None:
     model = llama()
     base = logits(model)
     attach(model, row)
-    if law_of(row).identity.kind == "bitwise":
+    if law_of(row).identity_of(row.config).kind == "bitwise":
         assert same_bits(logits(model), base)
 
 
