@@ -7,7 +7,7 @@ smoothed uncertainty U (equations 8 and 9), and of a triplet E's score plus the 
     I <- beta1 I + (1 - beta1) |p g|,   U <- beta2 U + (1 - beta2) | |p g| - I |,   score = I U
 
     step <= tinit                        nothing is pruned
-    up to total_step - tfinal            every deltaT steps E is zeroed but for the `budget` best triplets, which falls as a cube; it may grow back
+    up to total_step - tfinal            every deltaT steps E is zeroed but for the best; how many falls as a cube. It may grow back
     after that                           the triplets that the last step chose are trained, the others stay at zero
 
 P and Q are held near orthogonal by a term of the loss, orth_reg_weight times the mean of |P^T P - I| and |Q Q^T - I|. As in PEFT
