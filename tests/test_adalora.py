@@ -41,7 +41,7 @@ class Judged(nn.Module):
 
 
 Snapshot = dict[tuple[str, str], Tensor]
-Change = Callable[[int, ll.Adapter], None]
+Change = Callable[[int, ll.Adapter], object]
 
 
 def of(layer: Any, field: str) -> nn.Parameter:

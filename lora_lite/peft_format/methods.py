@@ -150,6 +150,13 @@ def old_rotations(config: Config) -> str | None:
     return None
 
 
+NEVER = 2**31 - 1  # PEFT's AdaLoRA wants a total_step, whether it is to be trained or not
+
+
+def never(steps: Any) -> Any:
+    return None if steps == NEVER else steps
+
+
 def as_cayley(neumann: Any) -> str:
     return "neumann" if neumann else "exact"
 
@@ -168,10 +175,15 @@ METHODS: tuple[Method, ...] = (
         peft_type="LORA", variant="lora", keys=AB, options=(*RANKED, Option("rslora", "use_rslora", False)),
         says=LORA_SAYS, turn=scaled("lora_B"), refuses=changes_the_base,
     ),
-    Method(  # the schedule is over: what it left is a LoRA, whose scale PEFT keeps at alpha / init_r whatever rank is left
-        peft_type="ADALORA", variant="lora", keys={"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}, writes=False,
-        options=(Option("r", "init_r", 12), Option("alpha", "lora_alpha", 8), Option("dropout", "lora_dropout", 0.0)),
-        inert=frozenset(("r", "rank_pattern", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")),
+    Method(  # ranks that the schedule took away are left out of PEFT's file; the schedule's own state is in neither
+        peft_type="ADALORA", variant="adalora", keys={"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"},
+        options=(
+            Option("r", "init_r", 12), Option("alpha", "lora_alpha", 8), Option("dropout", "lora_dropout", 0.0),
+            Option("total_step", "total_step", None, never, lambda steps: steps or NEVER),
+            *(Option(n, n, d) for n, d in {"target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1}.items()),
+            *(Option(n, n, d) for n, d in {"beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}.items()),
+        ),
+        says=LORA_SAYS, alike=("r", "alpha"), inert=frozenset(("r", "rank_pattern")), turn=scaled("lora_E"),
         fill=numbers.adalora_fill, read=numbers.adalora_read, write=numbers.adalora_write, refuses=no_alpha,
     ),
     Method(

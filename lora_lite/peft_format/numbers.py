@@ -99,13 +99,18 @@ def adalora_fill(p: Fields, at: At) -> Fields:
 
 
 def adalora_read(p: Fields, at: At) -> Fields:
-    """B (E * A) alpha / (r + 1e-5)."""
-    r = at.cfg.r
-    return {"lora_A": p["lora_A"] * p["lora_E"], "lora_B": p["lora_B"] * (r / (r + 1e-5))}
+    """E as a vector, and the schedule's own state: nothing measured yet, chosen what is not zero (only pruning makes it so).
+
+    Where all of a layer's E is zero it is fresh, but for the ranks that `adalora_fill` put back.
+    """
+    E = p["lora_E"].flatten()
+    kept = (E != 0 if bool(E.any()) else p["lora_A"].any(dim=1)).to(E.dtype)
+    fields = {**p, "lora_E": E}
+    return {**fields, **{f"{n}_{what}": torch.zeros_like(v) for n, v in fields.items() for what in "IU"}, "lora_kept": kept}
 
 
 def adalora_write(p: Fields, at: At) -> Fields:
-    return {**p, "lora_E": torch.ones(at.cfg.r, 1)}
+    return {**p, "lora_E": p["lora_E"][:, None]}
 
 
 def gate_read(column: bool) -> Convert:
