@@ -26,7 +26,7 @@ from lora_lite.variant import config_from_dict
 from lora_lite.version import __version__
 
 FORMAT, FORMAT_VERSION = "lora_lite", "1"
-RESERVED = ("format", "format_version", "library_version", "config", "also", "fingerprint", "diagnostics", "sha256")
+RESERVED = ("format", "format_version", "library_version", "config", "also", "fingerprint", "diagnostics", "shared", "sha256")
 HEADER_LIMIT = 100_000_000  # safetensors' own
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -78,11 +78,23 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
         raise IsADirectoryError(f"{path} is a directory; give a file in it, such as {Path(path) / 'adapter.safetensors'}")
     if target.exists() and not target.is_file():
         raise CheckpointError(f"{path} is a device or a pipe; an adapter is saved to a plain file")
-    flat = snapshot(contents)
-    metadata = described(contents)
+    same = aliases(contents)
+    flat = {name: v for name, v in snapshot(contents).items() if name not in same}
+    metadata = described(contents) | ({"shared": as_json("shared", same)} if same else {})
     head = header(metadata | {"sha256": digest(metadata, flat)}, flat)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace(target, [head, *(raw(v) for _, v in in_place(flat))])
+
+
+def aliases(contents: Contents) -> dict[str, str]:
+    """Keys of tensors that are one and the same in memory as one that comes before: what layers share is written once."""
+    first: dict[Any, str] = {}
+    found: dict[str, str] = {}
+    for name, v in contents.named():
+        place = (v.device, v.data_ptr(), v.dtype, v.shape, v.stride()) if v.numel() else name
+        if (before := first.setdefault(place, name)) != name:
+            found[name] = before
+    return found
 
 
 def snapshot(contents: Contents) -> dict[str, Tensor]:
@@ -230,8 +242,9 @@ def read(path: str | os.PathLike[str]) -> Contents:
         flat = read_tensors(source, file, list(head))
     check_digest(source, metadata, flat)
     known = read_metadata(source, metadata)
+    bad, flat = non_finite(flat), with_shared(source, flat, known["shared"])
     also: list[str] = known["also"]
-    if problems := key_problems(flat, also) + problem("holding NaN or infinity", non_finite(flat)):
+    if problems := key_problems(flat, also) + problem("holding NaN or infinity", bad):
         raise CheckpointError(f"{source} is not an adapter as it stands: {'; '.join(problems)}")
     return Contents(
         known["config"],
@@ -242,6 +255,17 @@ def read(path: str | os.PathLike[str]) -> Contents:
         known["diagnostics"],
         source,
     )
+
+
+def with_shared(source: str, flat: dict[str, Tensor], shared: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors, and under its other keys each one that layers share: the same object, which stays one Parameter."""
+    problems = [
+        *problem("shared, and there by themselves too", [k for k in shared if k in flat]),
+        *problem("shared with a tensor that is not there", [k for k, stored in shared.items() if stored not in flat]),
+    ]
+    if problems:
+        raise CheckpointError(f"{source} is not an adapter as it stands: {'; '.join(problems)}")
+    return flat | {key: flat[stored] for key, stored in shared.items()}
 
 
 def check_place(path: Path) -> None:
@@ -360,7 +384,7 @@ def check_digest(source: str, metadata: Mapping[str, str], flat: Mapping[str, Te
 
 def read_metadata(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Our entries of the header as values, or one error with everything that is wrong with them."""
-    values: dict[str, Any] = {"also": [], "fingerprint": None, "diagnostics": {}}
+    values: dict[str, Any] = {"also": [], "fingerprint": None, "diagnostics": {}, "shared": {}}
     problems = [] if "config" in metadata else ["config is missing"]
     for key, parse in PARSERS.items():
         if key in metadata:
@@ -394,10 +418,17 @@ def numbers_from(value: Any) -> dict[str, float]:
     return {name: float(v) for name, v in value.items()}
 
 
+def keys_from(value: Any) -> dict[str, str]:
+    if not all(isinstance(v, str) for v in object_from(value).values()):
+        raise ValueError("it must be an object of keys by key")
+    return value
+
+
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "config": lambda value: config_from_dict(object_from(value)),
     "also": names_from,
     "fingerprint": object_from,
+    "shared": keys_from,
     "diagnostics": numbers_from,
 }
 

@@ -214,8 +214,9 @@ def adalora(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any
 
 
 def vera(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_scale: float = 1.0) -> Tensor:
-    """arXiv:2310.11454 equation 2; no alpha/r."""
-    update = torch.diag(t["lora_b"]) @ t["lora_B"] @ torch.diag(t["lora_d"]) @ t["lora_A"]
+    """arXiv:2310.11454 equation 2; no alpha/r. A and B are those of the widest layer, this one takes its corner."""
+    A, B = t["lora_A"][:, : W.shape[1]], t["lora_B"][: W.shape[0]]
+    update = torch.diag(t["lora_b"]) @ B @ torch.diag(t["lora_d"]) @ A
     return linear(x, W, b) + c * linear(x, wrong_scale * update)
 
 

@@ -300,7 +300,7 @@ def test_save_and_load_are_bitwise(row: Row, tmp_path: Path) -> None:
     adapter.detach()
     loaded = ll.load(model, tmp_path / "a.safetensors")
     assert same_bits(logits(model), want)
-    assert loaded.config == row.config and loaded.metadata["note"] == "kept" and loaded.c == 1.0
+    assert loaded.config == adapter.config and loaded.metadata["note"] == "kept" and loaded.c == 1.0
     assert loaded.state_dict().keys() == state.keys() and all(same_bits(loaded.state_dict()[k], v) for k, v in state.items())
     loaded.save(tmp_path / "b.safetensors")
     loaded.detach()

@@ -149,11 +149,11 @@ def peft_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def peft_frozen(model: nn.Module, target: str, field: str) -> Tensor:
-    """PEFT's buffers of one layer under our names; VeRA's are one pair for all, of which each layer takes the corner."""
+    """PEFT's buffers of one layer under our names; VeRA's are one pair for all layers."""
     layer: Any = model.get_submodule(target)
     if field == "lora_w":
         return layer.delora_w_norm["default"]
-    return layer.vera_A["default"][:, : layer.in_features] if field == "lora_A" else layer.vera_B["default"][: layer.out_features]
+    return (layer.vera_A if field == "lora_A" else layer.vera_B)["default"]
 
 
 @lru_cache

@@ -31,6 +31,10 @@ def nothing(config: Config) -> str | None:
     return None
 
 
+def unsettled(config: Any, shared: Fields) -> Any:
+    return config
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A method of PEFT as one of our variants.
@@ -49,6 +53,7 @@ class Method:
     writes    whether ours are written as this method
     refuses   why a config of this kind cannot be read, or None
     inert     what its config may hold beside its options
+    settle    (our config, the tensors of `shared`) -> our config, with what only the tensors tell
     fill      PEFT's tensors -> the same with what the file may leave out, before their shapes are checked
     """
 
@@ -69,6 +74,7 @@ class Method:
     writes: bool = True
     refuses: Callable[[Config], str | None] = nothing
     inert: frozenset[str] = frozenset()
+    settle: Callable[[Any, Fields], Any] = unsettled
     fill: Convert = numbers.same
 
 
@@ -229,6 +235,7 @@ METHODS: tuple[Method, ...] = (
         peft_type="VERA", variant="vera", keys={"lora_b": "vera_lambda_b", "lora_d": "vera_lambda_d"}, alike=("r",),
         shared={"lora_A": "vera_A", "lora_B": "vera_B"}, absorbs={"lora_A": "lora_d", "lora_B": "lora_b"},
         says={"init_weights": True, "fan_in_fan_out": False, "save_projection": True}, turn=scaled("lora_b"), refuses=no_projection,
+        settle=numbers.vera_room,
         options=(
             R._replace(default=256), Option("dropout", "vera_dropout", 0.0), Option("d_initial", "d_initial", 0.1),
             Option("projection_seed", "projection_prng_key", 0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -111,6 +112,14 @@ def adalora_read(p: Fields, at: At) -> Fields:
 
 def adalora_write(p: Fields, at: At) -> Fields:
     return {**p, "lora_E": p["lora_E"][:, None]}
+
+
+def vera_room(config: Any, shared: Fields) -> Any:
+    """How wide the shared projections are; what has not two sides is refused with the other shapes."""
+    A, B = shared.get("lora_A"), shared.get("lora_B")
+    if A is None or B is None or A.dim() != 2 or B.dim() != 2:
+        return config
+    return dataclasses.replace(config, room=(A.shape[1], B.shape[0]))
 
 
 def gate_read(column: bool) -> Convert:
