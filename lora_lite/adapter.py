@@ -327,7 +327,11 @@ class Adapter:
             raise RuntimeError(f"adapter {self.name!r} trains {wrong}, which have other shapes in this {type(model).__name__}")
         warn_of_hazards(targets)
         weights = {t.name: t.module.weight for t in targets}  # a parametrised layer computes it
-        self._held = {t: {f: moved(p, weights[t].device) for f, p in fields.items()} for t, fields in self._held.items()}  # type: ignore[union-attr]
+        kept: dict[tuple[Parameter, Any], Parameter] = {}  # one per device of a tensor that layers share
+        self._held = {
+            t: {f: kept.setdefault((p, weights[t].device), moved(p, weights[t].device)) for f, p in fields.items()}  # type: ignore[union-attr]
+            for t, fields in self._held.items()
+        }
         self._also = {n: moved(p, own[n].device, own[n].dtype) for n, p in self._also.items()}
         shared = Shared(self.name, self.config, ledger_of(model), self._dial, self.metadata, self.fingerprint, self.diagnostics,
                         self._calibrated)  # fmt: skip

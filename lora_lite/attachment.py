@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -149,12 +150,34 @@ def place(
             shared.originals[name] = substitute(model, name, new)
         for target in targets:
             _place_one(shared, target, tensors[target.name])
+        _declare_tied(targets, tensors, shared.name)
         shared.ledger.freeze(model, shared.name, owned(all_hooks(model)) | set(also))
         recompute.install()
         compiled.notice_hooks()
     except BaseException:
         lift(model, shared, {t.name: t.module for t in targets})
         raise
+
+
+TIED = "_tied_weights_keys"
+
+
+def _declare_tied(targets: Iterable[Target], tensors: Mapping[str, Mapping[str, Parameter]], name: str) -> None:
+    """Tell Hugging Face's `save_pretrained`, and so its Trainer, which tensors are one on purpose: it refuses others it finds so."""
+    times = Counter(id(p) for fields in tensors.values() for p in fields.values())
+    for target in targets:
+        names = field_names(name, tensors[target.name])
+        tied = {names[f]: names[f] for f, p in tensors[target.name].items() if times[id(p)] > 1}
+        if tied:
+            target.module.__dict__.setdefault(TIED, {}).update(tied)
+
+
+def _undeclare_tied(layer: nn.Module, names: Iterable[str]) -> None:
+    tied = layer.__dict__.get(TIED, {})
+    for name in names:
+        tied.pop(name, None)
+    if TIED in layer.__dict__ and not tied:
+        del layer.__dict__[TIED]
 
 
 def _place_one(shared: Shared, target: Target, tensors: Mapping[str, Parameter]) -> None:
@@ -177,6 +200,7 @@ def lift(model: nn.Module, shared: Shared, layers: Mapping[str, nn.Module]) -> d
     for path, layer in layers.items():
         for hook in [hook for hook in hooks_on(layer) if hook.shared is shared]:
             hook.remove()
+            _undeclare_tied(layer, [on_layer for _, on_layer in hook.fields])
             taken = {f: layer._parameters.pop(on_layer, None) for f, on_layer in hook.fields}
             tensors[path] = {f: p for f, p in taken.items() if p is not None}
     also = {name: substitute(model, name, original) for name, original in shared.originals.items()}

@@ -104,7 +104,7 @@ def check_calibration(config: AdapterConfig, variant: type[Variant], data: Any, 
 
 
 def observe(target: Target, config: AdapterConfig, variant: type[Variant], exclude: Tensor | None) -> Any:
-    cfg = config.at(target.name, target.d_in, target.d_out)
+    cfg = config if variant.shares_observers else config.at(target.name, target.d_in, target.d_out)
     try:
         return variant.observe(cfg, base_of(target, variant), exclude)
     except ValueError as error:

@@ -113,7 +113,7 @@ class Variant:
     observes      what its observers are fed: "inputs" of the layer, or "gradients" of a loss as well
     shares_observers  whether layers that read one tensor (q, k and v do) share one observer; it may not depend on the layer then
     schedule      whether training must call `adapter.on_step(step)` and add `adapter.aux_loss()`; harmless for the others
-    identity      how near to the base a fresh adapter is
+    identity      how near to the base a fresh adapter is; `identity_of(cfg)` where that is a matter of the config
     chooses_directions  whether `observe` leaves out the directions given by `exclude_directions`
     linear_in_c   whether one layer's change is c times its change at c = 1
     row_c         whether c may differ between the rows of a batch
@@ -145,6 +145,11 @@ class Variant:
         """Every tensor by its name on the layer ("lora_A"): shape, initialiser, trainable or frozen."""
         raise NotImplementedError
 
+    @classmethod
+    def identity_of(cls, cfg: Any) -> Identity:
+        """How near to the base a fresh adapter of this config is."""
+        return cls.identity
+
     @staticmethod
     def needs_calibration(cfg: Any) -> bool:
         """Whether this config cannot be initialised without calibration data."""
@@ -152,7 +157,10 @@ class Variant:
 
     @staticmethod
     def observe(cfg: Any, base: Base, exclude: Tensor | None) -> Observer | GradientObserver | None:
-        """An observer of this target, made before `init` and handed to it; `exclude` (n, d_in) holds directions in use."""
+        """An observer of this target, made before `init` and handed to it; `exclude` (n, d_in) holds directions in use.
+
+        cfg is the target's own, or the whole adapter's where observers are shared: they serve several targets then.
+        """
         return None
 
     @staticmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import pytest
@@ -21,13 +22,14 @@ from transformers import (
 )
 
 import lora_lite as ll
+from lora_lite.base import sizes
 
 VOCABULARY = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table of laws: a config small enough for the toys, and whether attaching it needs activations."""
+    """One line of the table of laws: a config small enough for the toys, and whether attaching needs data (activations, or a loss)."""
 
     config: ll.AdapterConfig
     calibrated: bool = False
@@ -36,10 +38,18 @@ class Row:
 # A new variant adds a row here and runs through every law; test_every_registered_variant_has_a_row fails until it does.
 VARIANTS: dict[str, Row] = {
     "lora": Row(ll.LoRAConfig(r=4, alpha=6.0)),
+    "lora-gaussian": Row(ll.LoRAConfig(r=4, alpha=6.0, init="gaussian")),
+    "lora-orthogonal": Row(ll.LoRAConfig(r=4, alpha=6.0, init="orthogonal")),
     "lora-rs": Row(ll.LoRAConfig(r=4, alpha=3.0, rslora=True)),
     "pissa": Row(ll.PiSSAConfig(r=4, alpha=6.0)),
     "pissa-spectrum": Row(ll.PiSSAConfig(r=4, train="spectrum")),
     "pissa-scored": Row(ll.PiSSAConfig(r=4, train="spectrum", selection_score="cho_rej_min_std"), calibrated=True),
+    "olora": Row(ll.OLoRAConfig(r=4, alpha=6.0)),
+    "eva": Row(ll.EVAConfig(r=4, alpha=6.0), calibrated=True),
+    "corda": Row(ll.CorDAConfig(r=4, alpha=6.0), calibrated=True),
+    "corda-ipm": Row(ll.CorDAConfig(r=4, alpha=0.6, mode="ipm"), calibrated=True),  # its B0 is large: an update of 0.2 moves far
+    "lora_ga": Row(ll.LoRAGAConfig(r=4, alpha=6.0), calibrated=True),
+    "adalora": Row(ll.AdaLoRAConfig(r=4, alpha=6.0, target_r=2, total_step=10)),
     "ia3": Row(ll.IA3Config()),
     "ia3_ff": Row(ll.IA3FFConfig()),
     "dora": Row(ll.DoRAConfig(r=4, alpha=6.0)),
@@ -193,14 +203,40 @@ def token_ids(rows: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(1, VOCABULARY, (rows, length), generator=generator(seed))
 
 
-def attach(model: nn.Module, row: Row, **keywords: Any) -> ll.Adapter:
-    """Attach a row of the table, with activations where it asks for them. Keywords that are config fields go to the config."""
+def attach(model: nn.Module, row: Row, batch: Any = None, **keywords: Any) -> ll.Adapter:
+    """Attach a row of the table, with activations or a batch and a loss where it asks for them.
+
+    Keywords that are config fields go to the config. Gradients are the bare model's: what starts from them does not depend on
+    the adapters already there.
+    """
     fields = {f.name for f in dataclasses.fields(row.config)}
     config = dataclasses.replace(row.config, **{k: keywords.pop(k) for k in list(keywords) if k in fields})
     keywords.setdefault("seed", 0)
-    if row.calibrated:
+    if row.calibrated and ll.REGISTRY[config.variant].observes == "gradients":
+        keywords.setdefault("calibration_data", [batch_of(model) if batch is None else batch])
+        keywords.setdefault("loss", some_loss)
+        with ll.disabled(model):
+            return ll.attach(model, config, **keywords)
+    elif row.calibrated:
         keywords.setdefault("calibration_data", activations(model, config))
     return ll.attach(model, config, **keywords)
+
+
+def batch_of(model: nn.Module) -> dict[str, Tensor]:
+    """Arguments for any of the models here, made up."""
+    names = list(inspect.signature(model.forward).parameters)
+    if "input_ids" not in names:
+        first = next(m for m in model.modules() if getattr(m, "weight", None) is not None and not len(list(m.children())))
+        dtype: Any = first.weight.dtype  # an integer one is packed
+        return {names[0]: normal(3, 4, sizes(first)[0], seed=11, dtype=dtype if dtype.is_floating_point else torch.float32)}
+    ids = {"input_ids": token_ids(2, 9)}
+    return ids | ({"decoder_input_ids": token_ids(2, 5, seed=1)} if "decoder_input_ids" in names else {})
+
+
+def some_loss(output: Any, batch: Any) -> Tensor:
+    """Of everything the model puts out, each number weighed differently."""
+    y = getattr(output, "logits", output).double()
+    return (y * torch.linspace(-1, 2, y.shape[-1], dtype=torch.float64)).square().mean()
 
 
 def activations(model: nn.Module, config: ll.AdapterConfig, rows: int = 32) -> dict[str, dict[str, Tensor]]:

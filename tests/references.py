@@ -207,14 +207,26 @@ def lora_xs(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any
     return linear(x, W, b) + c * linear(x, cfg.alpha / len(t["lora_R"]) * t["lora_B"] @ t["lora_R"] @ t["lora_A"])
 
 
+def adalora(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_rank: int = 0) -> Tensor:
+    """arXiv:2303.10512 equation 3, P Lambda Q; scaled by alpha / (r + 1e-5) as PEFT does, r the rank it began with."""
+    s = cfg.alpha / ((wrong_rank or len(t["lora_E"])) + 1e-5)
+    return linear(x, W, b) + c * linear(x, s * t["lora_B"] @ torch.diag(t["lora_E"]) @ t["lora_A"])
+
+
 def vera(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_scale: float = 1.0) -> Tensor:
-    """arXiv:2310.11454 equation 2; no alpha/r."""
-    update = torch.diag(t["lora_b"]) @ t["lora_B"] @ torch.diag(t["lora_d"]) @ t["lora_A"]
+    """arXiv:2310.11454 equation 2; no alpha/r. A and B are those of the widest layer, this one takes its corner."""
+    A, B = t["lora_A"][:, : W.shape[1]], t["lora_B"][: W.shape[0]]
+    update = torch.diag(t["lora_b"]) @ B @ torch.diag(t["lora_d"]) @ A
     return linear(x, W, b) + c * linear(x, wrong_scale * update)
 
 
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     "lora": lora,
+    "eva": lora,
+    "olora": pissa_factors,
+    "corda": pissa_factors,
+    "lora_ga": pissa_factors,
+    "adalora": adalora,
     "pissa": pissa,
     "ia3": ia3,
     "ia3_ff": ia3_ff,

@@ -73,7 +73,7 @@ def test_the_families_asked_for_are_all_here() -> None:
 def test_attach_train_save_load_and_leave(name: str, row: Row, tmp_path: Path) -> None:
     model, (_, inputs, base) = fresh(name), built(name)
     before = state(model)
-    adapter = attach(model, row)
+    adapter = attach(model, row, batch=inputs)
     own = {id(p) for fields in adapter.tensors().values() for p in fields.values()}
     assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in adapter.parameters()} <= own
     trained = {n: p.detach().clone() for n, p in adapter.named_parameters()}
@@ -114,7 +114,7 @@ def kinds() -> dict[str, Row]:
 @each_architecture
 def test_every_row_has_its_own_c(name: str, row: Row) -> None:
     model, (_, inputs, base) = fresh(name), built(name)
-    adapter = randomise(attach(model, row), std=0.05)
+    adapter = randomise(attach(model, row, batch=inputs), std=0.05)
     with adapter(model, c=torch.tensor(MIXED)):
         together = answer(model, inputs)
     for i, c in enumerate(MIXED):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import lora_lite as ll
 from lora_lite.variant import Base
 from lora_lite.variants import oft as oft_file
-from tests.models import VARIANTS, Row, attach, normal, randomise, single, tensors_at
+from tests.models import VARIANTS, Row, attach, llama, mlp, normal, randomise, single, tensors_at
 from tests.references import assert_close, assert_differs, reference, same_bits
 
 F64 = torch.float64
@@ -292,7 +295,34 @@ def test_lora_xs_starts_where_the_paper_does_and_stays_in_ws_top_directions() ->
     assert same_bits(still(x), base), "R = 0 is the base"
 
 
-def test_vera_layers_hold_corners_of_one_pair_whatever_else_is_there() -> None:
+def test_vera_s_layers_share_one_pair_which_a_file_holds_once(tmp_path: Path) -> None:
+    model = mlp()  # 12 -> 20 and back
+    before = [list(vars(m)) for m in model.modules()]
+    adapter = ll.attach(model, ll.VeRAConfig(r=6, projection_seed=5))
+    for there in (adapter, ll.load(mlp(), file_of(adapter, tmp_path)), ll.adapters(copy.deepcopy(model))["default"]):
+        held = [fields for fields in there.tensors().values()]
+        assert len(held) == 6 and len({id(f["lora_A"]) for f in held}) == 1 == len({id(f["lora_B"]) for f in held})
+        assert held[0]["lora_A"].shape == (6, 20) and held[0]["lora_B"].shape == (20, 6)
+        assert there.config.room == (20, 20)  # type: ignore[attr-defined]
+    stored = load_file(tmp_path / "vera.safetensors")
+    assert sum("lora_A" in k for k in stored) == 1 == sum("lora_B" in k for k in stored) and sum("lora_d" in k for k in stored) == 6
+    adapter.detach()
+    assert [list(vars(m)) for m in model.modules()] == before
+
+
+def file_of(adapter: ll.Adapter, folder: Path) -> Path:
+    adapter.save(folder / "vera.safetensors")
+    return folder / "vera.safetensors"
+
+
+def test_hugging_face_saves_a_model_whose_layers_share_tensors(tmp_path: Path) -> None:
+    model = llama()
+    ll.attach(model, ll.VeRAConfig(r=4))
+    model.save_pretrained(tmp_path)
+    assert sum(k.endswith("lora_A") for k in load_file(tmp_path / "model.safetensors")) == 1
+
+
+def test_more_room_leaves_a_corner_as_it_was() -> None:
     held = {}
     for d_in, d_out in ((10, 14), (24, 32), (7, 40)):
         model = single(d_in, d_out)
@@ -301,11 +331,16 @@ def test_vera_layers_hold_corners_of_one_pair_whatever_else_is_there() -> None:
     for (d_in, d_out), t in held.items():
         for (other_in, other_out), o in held.items():
             n, m = min(d_in, other_in), min(d_out, other_out)
-            assert_close(t["lora_A"][:, :n] * d_in**0.5, o["lora_A"][:, :n] * other_in**0.5, "one A, scaled by the layer's width")
+            assert_close(t["lora_A"][:, :n] * d_in**0.5, o["lora_A"][:, :n] * other_in**0.5, "scaled by the widest")
             assert same_bits(t["lora_B"][:m], o["lora_B"][:m])
     model = single(10, 14)
     attach(model, Row(ll.VeRAConfig(r=6, projection_seed=6)))
     assert_differs(tensors_at(model, "linear")["lora_A"], held[10, 14]["lora_A"], "another seed")
+
+
+def test_a_layer_that_the_shared_projections_have_no_room_for_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"room for \(5, 14\), this layer is 10 -> 14"):
+        ll.VeRAConfig(r=6, room=(5, 14)).at("linear", 10, 14)
 
 
 def test_veras_projections_have_the_variance_of_kaiming() -> None:
@@ -330,6 +365,8 @@ BAD: list[tuple[type[ll.AdapterConfig], dict[str, Any], str]] = [
     (ll.DeLoRAConfig, {"strength": math.nan}, "strength"),
     (ll.LoRAXSConfig, {"std": -1.0}, "std"),
     (ll.VeRAConfig, {"projection_seed": -1}, "projection_seed"),
+    (ll.VeRAConfig, {"room": (3,)}, "room must be"),
+    (ll.VeRAConfig, {"rank_pattern": {"q": 3}}, "one r: leave rank_pattern out"),
 ]
 
 

@@ -57,6 +57,8 @@ CASES = {
     "dora": Case(ll.DoRAConfig(r=4, alpha=6.0, targets=TARGETS), exact=False),
     "ia3": Case(ll.IA3Config(targets=TARGETS), exact=False),
     "ia3_ff": Case(ll.IA3FFConfig(targets=TARGETS), exact=False),
+    "adalora": Case(ll.AdaLoRAConfig(r=4, alpha=6.0, target_r=2, total_step=9, deltaT=3, targets=TARGETS)),
+    "adalora_unscheduled": Case(ll.AdaLoRAConfig(r=4, alpha=6.0, targets=TARGETS)),
     "hra": Case(ll.HRAConfig(r=4, targets=TARGETS), folds=False),
     "hra_gs": Case(ll.HRAGSConfig(r=4, targets=TARGETS), folds=False),
     "oft": Case(ll.OFTConfig(block_size=8, targets=TARGETS)),
@@ -70,6 +72,9 @@ CASES = {
 }
 LOW_RANK = {
     "pissa": ll.PiSSAConfig(r=4, alpha=6.0, targets=TARGETS),
+    "olora": ll.OLoRAConfig(r=4, alpha=6.0, targets=TARGETS),
+    "adalora": CASES["adalora"].config,
+    "orthogonal": ll.LoRAConfig(r=4, alpha=6.0, init="orthogonal", targets=TARGETS),
     "pissa_spectrum": ll.PiSSAConfig(r=4, train="spectrum", targets=TARGETS),
     "lora": CASES["patterns"].config,
     "rslora": CASES["rslora"].config,
@@ -316,13 +321,15 @@ def adalora(folder: Path, steps: int) -> Tensor:
 @pytest.mark.filterwarnings("ignore:Adapter 'default'. .* LoRA tensor.s. have invalid shape")  # ranks of zero, which are fine
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")  # AdaLoRA's are others than LoRA's
 @pytest.mark.parametrize("steps", [0, 8])
-def test_what_adalora_left_is_a_lora(steps: int, tmp_path: Path) -> None:
+def test_what_adalora_left_is_an_adalora(steps: int, tmp_path: Path) -> None:
     want = adalora(tmp_path, steps)
     ranks = {v.shape[0] for k, v in load_file(tmp_path / TENSORS).items() if "lora_A" in k}
     assert ranks == {6} if steps == 0 else min(ranks) < 6
     model = fresh()
     adapter = ll.from_peft(model, tmp_path)
-    assert adapter.variant.name == "lora"
+    assert adapter.variant.name == "adalora"
+    kept = {t: int(f["lora_kept"].sum()) for t, f in adapter.tensors().items()}
+    assert kept == {t: load_file(tmp_path / TENSORS)[f"base_model.model.{t}.lora_A"].shape[0] for t in kept}
     assert_differs(want, logits(base()), "the adapter's effect")
     assert_close(logits(model), want, "logits", EQUAL)
     assert_close(logits(model), in_peft(tmp_path), "PEFT's own reading", EQUAL)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     DeloraConfig,
     HiraConfig,
     HRAConfig,
@@ -46,7 +47,7 @@ TARGETS = tuple(rf"\.{name}$" for name in NAMES)
 LAYER_1 = r"layers\.1\..*"
 PATTERNS: dict[str, Any] = {"rank_pattern": {"k_proj": 3, LAYER_1: 6}, "alpha_pattern": {LAYER_1: 5.0, "v_proj": 2.0}}
 ATTRIBUTES = {
-    **{"lora_A": "lora_A", "lora_B": "lora_B", "lora_magnitude_vector": "lora_m", "ia3_l": "lora_l"},
+    **{"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E", "lora_magnitude_vector": "lora_m", "ia3_l": "lora_l"},
     **{"delora_A": "lora_A", "delora_B": "lora_B", "delora_lambda": "lora_lambda", "hira_A": "lora_A", "hira_B": "lora_B"},
     **{"miss_block": "lora_M", "vera_lambda_b": "lora_b", "vera_lambda_d": "lora_d"},
     **{"hra_u": "lora_u", "oft_R": "lora_Q", "road_theta": "lora_theta", "road_alpha": "lora_alpha"},
@@ -74,6 +75,10 @@ CASES = {
     "rslora": Case(
         lambda: LoraConfig(r=4, lora_alpha=6, target_modules=NAMES, use_rslora=True),
         (ll.LoRAConfig(r=4, alpha=6.0, targets=TARGETS, rslora=True),),
+    ),
+    "adalora": Case(
+        lambda: AdaLoraConfig(init_r=4, target_r=2, lora_alpha=6, lora_dropout=0.0, total_step=9, target_modules=NAMES),
+        (ll.AdaLoRAConfig(r=4, alpha=6.0, target_r=2, total_step=9, targets=TARGETS),),
     ),
     "patterns": Case(
         lambda: LoraConfig(r=4, lora_alpha=6, target_modules=NAMES, **PATTERNS),
@@ -144,11 +149,11 @@ def peft_parameters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 
 def peft_frozen(model: nn.Module, target: str, field: str) -> Tensor:
-    """PEFT's buffers of one layer under our names; VeRA's are one pair for all, of which each layer takes the corner."""
+    """PEFT's buffers of one layer under our names; VeRA's are one pair for all layers."""
     layer: Any = model.get_submodule(target)
     if field == "lora_w":
         return layer.delora_w_norm["default"]
-    return layer.vera_A["default"][:, : layer.in_features] if field == "lora_A" else layer.vera_B["default"][: layer.out_features]
+    return (layer.vera_A if field == "lora_A" else layer.vera_B)["default"]
 
 
 @lru_cache
@@ -174,6 +179,8 @@ def stored(target: str, key: str, p: Tensor) -> Tensor:
     p = p.detach().clone()
     if key in ("lora_l", "lora_alpha"):
         return p.flatten() - 1
+    if key == "lora_E":
+        return p.flatten()
     return p - base().get_submodule(target).weight.detach().norm(dim=1) if key == "lora_m" else p
 
 
@@ -277,6 +284,7 @@ def wrong_only(variant: str, formula: Callable[..., Tensor]) -> Callable[..., Te
 
 MISTAKES = {
     "scale alpha/sqrt r": ("lora", "lora", partial(references.lora, wrong_scale=math.sqrt(4)), "logits"),
+    "a scale of the rank that is left": ("adalora", "adalora", partial(references.adalora, wrong_rank=2), "logits"),
     "patterns ignored": ("patterns", "lora", lambda *a: references.lora(*a[:3], ll.LoRAConfig(r=4, alpha=6.0), *a[4:]), "logits"),
     "bias not scaled": ("ia3", "ia3", partial(references.ia3, wrong_bias=True), "logits"),
     "norm not detached": ("dora", "dora", partial(references.dora, wrong_norm=True), "gradients"),

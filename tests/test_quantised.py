@@ -175,7 +175,7 @@ def test_training_falls_saves_loads_and_leaves_the_base(row: Row, kind: str, tmp
     model = model_of(kind)
     before, base, other = snapshot(model), model(X).detach(), copy.deepcopy(model)
     adapter = attach(model, row)
-    if ll.REGISTRY[row.config.variant].identity.kind == "bitwise":
+    if ll.REGISTRY[row.config.variant].identity_of(row.config).kind == "bitwise":
         assert same_bits(model(X), base)
     optimizer, losses = torch.optim.Adam(adapter.parameters(), lr=0.01), []
     for _ in range(4):

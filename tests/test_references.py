@@ -104,6 +104,7 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "delora": {"lora_lambda": (1,)},
     "miss": {"lora_M": (R, D_OUT)},
     "lora_xs": {"lora_R": (R, R)},
+    "adalora": {"lora_E": (R,)},
     "vera": {"lora_d": (R,), "lora_b": (D_OUT,)},
 }
 FIELDS = {"road": {"kind": "road_2", "group_size": 8}, "oft": {"cayley": "exact"}, "delora": {"init": "paper", "strength": 1.5}}

@@ -13,7 +13,9 @@ from lora_lite.checkpoint.words import problem
 from lora_lite.config import AdapterConfig
 
 FORMAT, FORMAT_VERSION = "lora_lite", "1"
-RESERVED = ("format", "format_version", "library_version", "config", "also", "fingerprint", "diagnostics", "calibrated", "sha256")
+RESERVED = (
+    "format", "format_version", "library_version", "config", "also", "fingerprint", "diagnostics", "calibrated", "shared", "sha256",
+)  # fmt: skip
 FIELD = re.compile(r"lora_(?!.*__)\w+")
 
 

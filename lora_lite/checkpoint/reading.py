@@ -35,8 +35,9 @@ def read(path: str | os.PathLike[str]) -> Contents:
         flat = read_tensors(source, file, list(head))
     check_digest(source, metadata, flat)
     known = read_metadata(source, metadata)
+    bad, flat = non_finite(flat), with_shared(source, flat, known["shared"])
     also: list[str] = known["also"]
-    if problems := key_problems(flat, also) + problem("holding NaN or infinity", non_finite(flat)):
+    if problems := key_problems(flat, also) + problem("holding NaN or infinity", bad):
         raise CheckpointError(f"{source} is not an adapter as it stands: {'; '.join(problems)}")
     return Contents(
         known["config"],
@@ -49,6 +50,17 @@ def read(path: str | os.PathLike[str]) -> Contents:
         source,
         f"lora_lite {metadata['library_version']}" if "library_version" in metadata else "hand",
     )
+
+
+def with_shared(source: str, flat: dict[str, Tensor], shared: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors, and under its other keys each one that layers share: the same object, which stays one Parameter."""
+    problems = [
+        *problem("shared, and there by themselves too", [k for k in shared if k in flat]),
+        *problem("shared with a tensor that is not there", [k for k, stored in shared.items() if stored not in flat]),
+    ]
+    if problems:
+        raise CheckpointError(f"{source} is not an adapter as it stands: {'; '.join(problems)}")
+    return flat | {key: flat[stored] for key, stored in shared.items()}
 
 
 def check_digest(source: str, metadata: Mapping[str, str], flat: Mapping[str, Tensor]) -> None:
@@ -72,7 +84,7 @@ def check_digest(source: str, metadata: Mapping[str, str], flat: Mapping[str, Te
 
 def read_metadata(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     """Our entries of the header as values, or one error with everything that is wrong with them."""
-    values: dict[str, Any] = {"also": [], "fingerprint": None, "diagnostics": {}, "calibrated": {}}
+    values: dict[str, Any] = {"also": [], "fingerprint": None, "diagnostics": {}, "calibrated": {}, "shared": {}}
     problems = [] if "config" in metadata else ["config is missing"]
     for key, parse in PARSERS.items():
         if key in metadata:
@@ -106,10 +118,17 @@ def numbers_from(value: Any) -> dict[str, float]:
     return {name: float(v) for name, v in value.items()}
 
 
+def keys_from(value: Any) -> dict[str, str]:
+    if not all(isinstance(v, str) for v in object_from(value).values()):
+        raise ValueError("it must be an object of keys by key")
+    return value
+
+
 PARSERS: dict[str, Callable[[Any], Any]] = {
     "config": lambda value: config_from_dict(object_from(value)),
     "also": names_from,
     "fingerprint": object_from,
     "diagnostics": numbers_from,
     "calibrated": object_from,
+    "shared": keys_from,
 }

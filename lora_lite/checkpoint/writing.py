@@ -32,11 +32,23 @@ def write(path: str | os.PathLike[str], contents: Contents) -> None:
         raise IsADirectoryError(f"{path} is a directory; give a file in it, such as {Path(path) / 'adapter.safetensors'}")
     if target.exists() and not target.is_file():
         raise CheckpointError(f"{path} is a device or a pipe; an adapter is saved to a plain file")
-    flat = snapshot(contents)
-    metadata = described(contents)
+    same = aliases(contents)
+    flat = {name: v for name, v in snapshot(contents).items() if name not in same}
+    metadata = described(contents) | ({"shared": as_json("shared", same)} if same else {})
     head = header(metadata | {"sha256": digest(metadata, flat)}, flat)
     make_folder(target.parent)
     replace(target, [head, *(raw(v) for _, v in in_place(flat))])
+
+
+def aliases(contents: Contents) -> dict[str, str]:
+    """Keys of tensors that are one and the same in memory as one that comes before: what layers share is written once."""
+    first: dict[Any, str] = {}
+    found: dict[str, str] = {}
+    for name, v in contents.named():
+        place = (v.device, v.data_ptr(), v.dtype, v.shape, v.stride()) if v.numel() else name
+        if (before := first.setdefault(place, name)) != name:
+            found[name] = before
+    return found
 
 
 def snapshot(contents: Contents) -> dict[str, Tensor]:

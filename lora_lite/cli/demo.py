@@ -124,10 +124,14 @@ def tokens(tokenizer: Any, contrasted: Contrast, i: int) -> list[int]:
 
 
 def calibration(job: Job, tokenizer: Any, contrasted: Contrast, model: Any) -> Any:
-    """Both kinds of text for variants that look at activations; None for those that do not."""
-    if ll.REGISTRY[job.config.variant].calibration == "no":
+    """Both kinds of text for variants that look at activations, the chosen with labels for those that look at gradients, or None."""
+    variant = ll.REGISTRY[job.config.variant]
+    if variant.calibration == "no":
         return None
     rows = contrast.encode(tokenizer, contrasted.train[:64], job.training.length, model.device)
+    if variant.observes == "gradients":
+        inputs = {k: v.chunk(2)[0] for k, v in rows.inputs().items()}
+        return [{**inputs, "labels": inputs["input_ids"].masked_fill(~rows.answer.chunk(2)[0].bool(), -100)}]
     chosen, rejected = ({k: v.chunk(2)[side] for k, v in rows.inputs().items()} for side in (0, 1))
     return {"cho": [chosen], "rej": [rejected]}
 

@@ -31,6 +31,10 @@ def nothing(config: Config) -> str | None:
     return None
 
 
+def unsettled(config: Any, shared: Fields) -> Any:
+    return config
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A method of PEFT as one of our variants.
@@ -49,6 +53,7 @@ class Method:
     writes    whether ours are written as this method
     refuses   why a config of this kind cannot be read, or None
     inert     what its config may hold beside its options
+    settle    (our config, the tensors of `shared`) -> our config, with what only the tensors tell
     fill      PEFT's tensors -> the same with what the file may leave out, before their shapes are checked
     """
 
@@ -69,6 +74,7 @@ class Method:
     writes: bool = True
     refuses: Callable[[Config], str | None] = nothing
     inert: frozenset[str] = frozenset()
+    settle: Callable[[Any, Fields], Any] = unsettled
     fill: Convert = numbers.same
 
 
@@ -150,6 +156,13 @@ def old_rotations(config: Config) -> str | None:
     return None
 
 
+NEVER = 2**31 - 1  # PEFT's AdaLoRA wants a total_step, whether it is to be trained or not
+
+
+def never(steps: Any) -> Any:
+    return None if steps == NEVER else steps
+
+
 def as_cayley(neumann: Any) -> str:
     return "neumann" if neumann else "exact"
 
@@ -168,10 +181,15 @@ METHODS: tuple[Method, ...] = (
         peft_type="LORA", variant="lora", keys=AB, options=(*RANKED, Option("rslora", "use_rslora", False)),
         says=LORA_SAYS, turn=scaled("lora_B"), refuses=changes_the_base,
     ),
-    Method(  # the schedule is over: what it left is a LoRA, whose scale PEFT keeps at alpha / init_r whatever rank is left
-        peft_type="ADALORA", variant="lora", keys={"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"}, writes=False,
-        options=(Option("r", "init_r", 12), Option("alpha", "lora_alpha", 8), Option("dropout", "lora_dropout", 0.0)),
-        inert=frozenset(("r", "rank_pattern", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")),
+    Method(  # ranks that the schedule took away are left out of PEFT's file; the schedule's own state is in neither
+        peft_type="ADALORA", variant="adalora", keys={"lora_A": "lora_A", "lora_B": "lora_B", "lora_E": "lora_E"},
+        options=(
+            Option("r", "init_r", 12), Option("alpha", "lora_alpha", 8), Option("dropout", "lora_dropout", 0.0),
+            Option("total_step", "total_step", None, never, lambda steps: steps or NEVER),
+            *(Option(n, n, d) for n, d in {"target_r": 8, "tinit": 0, "tfinal": 0, "deltaT": 1}.items()),
+            *(Option(n, n, d) for n, d in {"beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}.items()),
+        ),
+        says=LORA_SAYS, alike=("r", "alpha"), inert=frozenset(("r", "rank_pattern")), turn=scaled("lora_E"),
         fill=numbers.adalora_fill, read=numbers.adalora_read, write=numbers.adalora_write, refuses=no_alpha,
     ),
     Method(
@@ -217,6 +235,7 @@ METHODS: tuple[Method, ...] = (
         peft_type="VERA", variant="vera", keys={"lora_b": "vera_lambda_b", "lora_d": "vera_lambda_d"}, alike=("r",),
         shared={"lora_A": "vera_A", "lora_B": "vera_B"}, absorbs={"lora_A": "lora_d", "lora_B": "lora_b"},
         says={"init_weights": True, "fan_in_fan_out": False, "save_projection": True}, turn=scaled("lora_b"), refuses=no_projection,
+        settle=numbers.vera_room,
         options=(
             R._replace(default=256), Option("dropout", "vera_dropout", 0.0), Option("d_initial", "d_initial", 0.1),
             Option("projection_seed", "projection_prng_key", 0),

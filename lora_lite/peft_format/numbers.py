@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -99,13 +100,26 @@ def adalora_fill(p: Fields, at: At) -> Fields:
 
 
 def adalora_read(p: Fields, at: At) -> Fields:
-    """B (E * A) alpha / (r + 1e-5)."""
-    r = at.cfg.r
-    return {"lora_A": p["lora_A"] * p["lora_E"], "lora_B": p["lora_B"] * (r / (r + 1e-5))}
+    """E as a vector, and the schedule's own state: nothing measured yet, chosen what is not zero (only pruning makes it so).
+
+    Where all of a layer's E is zero it is fresh, but for the ranks that `adalora_fill` put back.
+    """
+    E = p["lora_E"].flatten()
+    kept = (E != 0 if bool(E.any()) else p["lora_A"].any(dim=1)).to(E.dtype)
+    fields = {**p, "lora_E": E}
+    return {**fields, **{f"{n}_{what}": torch.zeros_like(v) for n, v in fields.items() for what in "IU"}, "lora_kept": kept}
 
 
 def adalora_write(p: Fields, at: At) -> Fields:
-    return {**p, "lora_E": torch.ones(at.cfg.r, 1)}
+    return {**p, "lora_E": p["lora_E"][:, None]}
+
+
+def vera_room(config: Any, shared: Fields) -> Any:
+    """How wide the shared projections are; what has not two sides is refused with the other shapes."""
+    A, B = shared.get("lora_A"), shared.get("lora_B")
+    if A is None or B is None or A.dim() != 2 or B.dim() != 2:
+        return config
+    return dataclasses.replace(config, room=(A.shape[1], B.shape[0]))
 
 
 def gate_read(column: bool) -> Convert:

@@ -79,9 +79,9 @@ def converted(model: nn.Module, found: Folder, part: str | None) -> tuple[Conten
     sorted_keys = assign(found, candidates, layers, model)
     check_layers(found, sorted_keys.tensors, named)
     method, here = chosen(found, candidates, named, part)
-    config = config_of(method, found)
+    config = settled(method, config_of(method, found), found, sorted_keys.shared)
     ats = {t: At(own_config(found, config, t, sizes(layers[t])), *sizes(layers[t]), layers[t], t) for t in here}
-    theirs = {t: {**method.fill(sorted_keys.tensors[t], ats[t]), **corners(method, ats[t], sorted_keys.shared)} for t in here}
+    theirs = {t: {**method.fill(sorted_keys.tensors[t], ats[t]), **sorted_keys.shared} for t in here}
     check_shapes(found, method, ats, theirs)
     dtype = common_dtype(theirs)
     tensors = {t: dict(method.read({f: v.to(dtype) for f, v in p.items()}, ats[t])) for t, p in theirs.items()}
@@ -98,12 +98,6 @@ def common_dtype(tensors: Mapping[str, Mapping[str, Tensor]]) -> torch.dtype:
 
 def every_key(method: Method) -> dict[str, str]:
     return {**method.keys, **method.shared}
-
-
-def corners(method: Method, at: At, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This layer's part of the matrices that serve all layers."""
-    specs = REGISTRY[method.variant].param_specs(at.d_in, at.d_out, at.cfg)
-    return {f: whole[tuple(slice(n) for n in specs[f].shape)] if whole.dim() == 2 else whole for f, whole in shared.items()}
 
 
 def check_shapes(found: Folder, method: Method, ats: Mapping[str, At], tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -165,6 +159,13 @@ def config_of(method: Method, found: Folder) -> AdapterConfig:
     try:
         return REGISTRY[method.variant].Config(**method.fixed, **{o.ours: o.read(o.default if v is None else v) for o, v in given})
     except Exception as error:  # anyone may have written the JSON
+        raise CheckpointError(f"{found.source}: its config cannot be read: {brief(error)}") from error
+
+
+def settled(method: Method, config: AdapterConfig, found: Folder, shared: Mapping[str, Tensor]) -> AdapterConfig:
+    try:
+        return method.settle(config, shared)
+    except ValueError as error:
         raise CheckpointError(f"{found.source}: its config cannot be read: {brief(error)}") from error
 
 

@@ -1,29 +1,25 @@
 """PiSSA: y = W_res x + s B A x, W = U S V^T, W_res = W - s B A at the start: A0 = sqrt(S/s) V^T, B0 = U sqrt(S/s).  arXiv:2404.02948
 
-Without touching W: A = A0 + dA, B = B0 + dB, and the differences are what is trained and stored (s = alpha/r):
+Without touching W, as differences.py says (s = alpha/r); both forms add exactly zero at the start:
 
-    y = W x + s (B A - B0 A0) x = W x + s (dB A + B0 dA) x       train="factors": the same function, the same gradients
-    y = W x + U diag(dS) V^T x                                   train="spectrum": only the singular values move
-
-Both add exactly zero at the start. In bfloat16 B A - B0 A0 loses updates of 1e-4 altogether, the differences keep them:
-511% error against 0.4% on a 256 x 192 weight (tests/test_pissa.py).
+    y = W x + s (B A - B0 A0) x       train="factors": A = A0 + dA, B = B0 + dB
+    y = W x + U diag(dS) V^T x        train="spectrum": only the singular values move
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from lora_lite.config import RankedConfig
 from lora_lite.lowrank import LowRank
-from lora_lite.variant import Base, Identity, Initial, Params, ParamSpec, Variant, register
+from lora_lite.variant import BITWISE, Base, Identity, Initial, Params, ParamSpec, register
+from lora_lite.variants.differences import DifferenceConfig, Differences, precise, start_at
 
 CHOICES = {
     "train": ("factors", "spectrum"),
@@ -35,7 +31,7 @@ DEEP = 0.05  # a tail_depth an activation score should exceed
 
 
 @dataclass(frozen=True, kw_only=True)
-class PiSSAConfig(RankedConfig):
+class PiSSAConfig(DifferenceConfig):
     """`PiSSAConfig(r=16, alpha=32)`. r is clamped to each layer's own rank, which changes its scale alpha/r.
 
     train            "factors": A and B, as published. "spectrum": one number per direction, for steering; alpha is not used
@@ -59,13 +55,8 @@ class PiSSAConfig(RankedConfig):
             return
         if self.ds_init != "zeros":
             raise ValueError(f'ds_init={self.ds_init!r} is of train="spectrum"; train="factors" starts at the chosen directions')
-        if bad := [alpha for alpha in (self.alpha, *self.alpha_pattern.values()) if alpha <= 0]:
+        if bad := [alpha for alpha in self.alphas() if alpha <= 0]:
             raise ValueError(f"alpha must be positive, got {bad[0]!r}: A and B start from sqrt(S r / alpha); a negative dose is c=-1")
-
-    def at(self, target: str, d_in: int, d_out: int) -> Self:
-        own = super().at(target, d_in, d_out)
-        r = min(own.r, d_in, d_out)
-        return own if r == own.r else dataclasses.replace(own, r=r)
 
 
 def amplifying(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
@@ -102,10 +93,7 @@ class Spectrum:
     """
 
     def __init__(self, weight: Float[Tensor, "d_out d_in"], exclude: Float[Tensor, "n width"] | None = None) -> None:
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"the base weight {tuple(weight.shape)} holds NaN or infinite values, so it has no singular directions")
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        self.U, self.S, self.Vh = torch.linalg.svd(weight.detach().to(precise), full_matrices=False)
+        self.U, self.S, self.Vh = torch.linalg.svd(precise(weight), full_matrices=False)
         self.exclude = exclude
         self.groups: dict[str, Moments] = {}
 
@@ -155,7 +143,7 @@ class Spectrum:
 
 
 @register
-class PiSSA(Variant):
+class PiSSA(Differences):
     name = "pissa"
     Config = PiSSAConfig
     paper = "2404.02948"
@@ -165,14 +153,16 @@ class PiSSA(Variant):
     calibration = "optional"
     identity = Identity("bitwise", 'but for ds_init="normal", which starts away from the base on purpose')
 
+    @classmethod
+    def identity_of(cls, cfg: PiSSAConfig) -> Identity:
+        return BITWISE if cfg.ds_init == "zeros" else Identity("none", 'ds_init="normal" starts away from the base on purpose')
+
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: PiSSAConfig) -> dict[str, ParamSpec]:
-        r = cfg.r
         if cfg.train == "spectrum":
-            frozen = {"lora_U": ParamSpec((d_out, r), trainable=False), "lora_Vh": ParamSpec((r, d_in), trainable=False)}
-            return frozen | {"lora_dS": ParamSpec((r,), amplifying if cfg.ds_init == "normal" else "zeros")}
-        frozen = {"lora_A0": ParamSpec((r, d_in), trainable=False), "lora_B0": ParamSpec((d_out, r), trainable=False)}
-        return {"lora_A": ParamSpec((r, d_in)), "lora_B": ParamSpec((d_out, r))} | frozen
+            frozen = {"lora_U": ParamSpec((d_out, cfg.r), trainable=False), "lora_Vh": ParamSpec((cfg.r, d_in), trainable=False)}
+            return frozen | {"lora_dS": ParamSpec((cfg.r,), amplifying if cfg.ds_init == "normal" else "zeros")}
+        return Differences.param_specs(d_in, d_out, cfg)
 
     @staticmethod
     def needs_calibration(cfg: PiSSAConfig) -> bool:
@@ -193,7 +183,7 @@ class PiSSA(Variant):
         if cfg.train == "spectrum":
             return Initial({"lora_U": U, "lora_Vh": Vh}, notes)
         root = (S / cfg.scaling).sqrt()
-        return Initial({"lora_A0": root[:, None] * Vh, "lora_B0": U * root}, notes)
+        return Initial(start_at(root[:, None] * Vh, U * root), notes)
 
     @staticmethod
     def check(cfg: PiSSAConfig, notes: Mapping[str, float]) -> str | None:
@@ -214,8 +204,7 @@ class PiSSA(Variant):
     def factors(cfg: PiSSAConfig, p: Params, base: Base) -> LowRank:
         if cfg.train == "spectrum":
             return LowRank(p["lora_Vh"], p["lora_U"], p["lora_dS"])
-        dA, dB = p["lora_A"], p["lora_B"]
-        return LowRank(torch.cat([p["lora_A0"] + dA, dA]), torch.cat([dB, p["lora_B0"]], dim=1), cfg.scaling)
+        return Differences.factors(cfg, p, base)
 
 
 def tail_depth(chosen: Int[Tensor, " r"], k: int) -> float:
