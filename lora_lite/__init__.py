@@ -13,6 +13,7 @@ from lora_lite.subspace import SharedSubspace, TaskProjection
 from lora_lite.target import Target, find_targets
 from lora_lite.variant import REGISTRY, Base, Identity, Initial, ParamSpec, Variant, register
 from lora_lite.variants import (
+    AntiPaSTOConfig,
     DeLoRAConfig,
     DoRAConfig,
     HiRAConfig,
@@ -26,6 +27,7 @@ from lora_lite.variants import (
     OFTConfig,
     PiSSAConfig,
     ROADConfig,
+    SSVDConfig,
     VeRAConfig,
 )
 from lora_lite.version import __version__
@@ -33,9 +35,9 @@ from lora_lite.version import __version__
 logger.disable("lora_lite")  # a library is silent; `logger.enable("lora_lite")` lets it speak, as the command line does
 
 __all__ = [
-    "Adapter", "AdapterConfig", "Base", "CheckpointError", "DeLoRAConfig", "DoRAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig",
-    "HistoryBake", "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig",
-    "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SharedSubspace", "Target", "TaskProjection",
-    "Variant", "VeRAConfig", "__version__", "adapters", "attach", "disabled", "find_targets", "from_peft", "load", "register",
-    "stack", "to_peft",
+    "Adapter", "AdapterConfig", "AntiPaSTOConfig", "Base", "CheckpointError", "DeLoRAConfig", "DoRAConfig", "HRAConfig",
+    "HRAGSConfig", "HiRAConfig", "HistoryBake", "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAXSConfig",
+    "LowRank", "MiSSConfig", "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SSVDConfig",
+    "SharedSubspace", "Target", "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach", "disabled",
+    "find_targets", "from_peft", "load", "register", "stack", "to_peft",
 ]  # fmt: skip

@@ -147,8 +147,8 @@ class Variant:
         raise NotImplementedError
 
     @classmethod
-    def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base) -> LowRank:
-        """exact_low_rank "given weight": the update at c = 1 as a low-rank sum, with `base.weight` given."""
+    def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base, c: float = 1.0) -> LowRank:
+        """exact_low_rank "given weight": the update at c as a low-rank sum, with `base.weight` given."""
         raise NotImplementedError
 
     @staticmethod

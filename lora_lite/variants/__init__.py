@@ -1,5 +1,6 @@
 """One file per method; importing this package registers them all."""
 
+from lora_lite.variants.antipasto import AntiPaSTOConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig
 from lora_lite.variants.hira import HiRAConfig
@@ -11,9 +12,11 @@ from lora_lite.variants.miss import MiSSConfig
 from lora_lite.variants.oft import OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig
 from lora_lite.variants.road import ROADConfig
+from lora_lite.variants.ssvd import SSVDConfig
 from lora_lite.variants.vera import VeRAConfig
 
 __all__ = [
+    "AntiPaSTOConfig",
     "DeLoRAConfig",
     "DoRAConfig",
     "HRAConfig",
@@ -27,5 +30,6 @@ __all__ = [
     "OFTConfig",
     "PiSSAConfig",
     "ROADConfig",
+    "SSVDConfig",
     "VeRAConfig",
 ]

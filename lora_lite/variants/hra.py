@@ -84,11 +84,11 @@ class HRA(Variant):
         return F.linear((c * h).to(h.dtype), p["B"])  # c on the r numbers per token, not on the d_in
 
     @classmethod
-    def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base) -> LowRank:
-        """W (H - I) at c = 1: exact, of rank r, for merging by factors and for export. Reads the weight (d_out, d_in) once."""
+    def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base, c: float = 1.0) -> LowRank:
+        """c W (H - I): exact, of rank r, for merging by factors and for export. Reads the weight (d_out, d_in) once."""
         assert base.weight is not None
         change = cls.prepare(cfg, p, base, 1.0)
-        return LowRank(change["A"], base.weight.to(change["B"].dtype) @ change["B"])
+        return LowRank(change["A"], base.weight.to(change["B"].dtype) @ change["B"], c)
 
 
 @register
