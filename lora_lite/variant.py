@@ -152,6 +152,11 @@ class Variant:
         raise NotImplementedError
 
     @staticmethod
+    def directions(p: Params) -> Tensor | None:
+        """Other forms: the input directions it uses (n, d_in), for later rounds to leave out; None where it has none of its own."""
+        return None
+
+    @staticmethod
     def prepare(cfg: Any, p: Params, base: Base, c: float | Tensor) -> Params:
         """Other forms: what `delta` needs, computed in the stored precision before the runtime casts it to x's dtype.
 

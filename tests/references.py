@@ -235,7 +235,15 @@ def turned_spectrum(W: Tensor, b: Tensor | None, t: Tensors, x: Tensor, c: Any, 
 
 
 def antipasto(
-    W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", never_back: bool = False, wrong_side: bool = False
+    W: Tensor,
+    b: Tensor | None,
+    t: Tensors,
+    cfg: Any,
+    x: Tensor,
+    c: Any,
+    target: str = "",
+    never_back: bool = False,
+    wrong_side: bool = False,
 ) -> Tensor:
     """arXiv:2601.07473: V or U is followed by R(c) = (I - cA/2)^-1 (I + cA/2), the entries of A saturated at 2 tan(max_angle / 2)."""
     n, numbers = t["lora_theta"].shape

@@ -117,6 +117,10 @@ class AntiPaSTO(Variant):
         return too_shallow(cfg.selection_score, notes)
 
     @staticmethod
+    def directions(p: Params) -> Tensor:
+        return p["lora_Vh"]  # their span, in which they turn
+
+    @staticmethod
     def prepare(cfg: AntiPaSTOConfig, p: Params, base: Base, c: float | Tensor) -> Params:
         return turning.prepared(generator(cfg, p["lora_theta"]), p, c, cfg.rotate)
 

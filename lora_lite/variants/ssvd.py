@@ -73,6 +73,10 @@ class SSVD(Variant):
         return Initial(turning.directions(spectrum, spectrum.choose("s_only", cfg.r)))
 
     @staticmethod
+    def directions(p: Params) -> Tensor:
+        return p["lora_Vh"]  # their span, in which they turn
+
+    @staticmethod
     def prepare(cfg: SSVDConfig, p: Params, base: Base, c: float | Tensor) -> Params:
         return turning.prepared(skew(p["lora_K"][None], cfg.r), p, c, first_order=cfg.cayley == "first-order")
 

@@ -41,9 +41,9 @@ def core(Q: Float[Tensor, "n b b"], p: Params, c: float | Tensor, side: Side = "
     """What comes between x Vh^T and U^T, at one c for all."""
     b, sign = Q.shape[-1], 1 if side == "V" else -1
     Q = sign * c * Q
-    turn = 2 * Q if first_order else exact(Q)
+    moved = 2 * Q if first_order else exact(Q)
     S, dS = p["lora_S"].unflatten(0, (-1, b)), c * p["lora_dS"].unflatten(0, (-1, b))
-    return turn * (S + dS).unsqueeze(-2 if side == "V" else -1) + torch.diag_embed(dS)
+    return moved * (S + dS).unsqueeze(-2 if side == "V" else -1) + torch.diag_embed(dS)
 
 
 def prepared(Q: Float[Tensor, "n b b"], p: Params, c: float | Tensor, side: Side = "V", first_order: bool = False) -> Params:
@@ -59,15 +59,15 @@ def change(p: Params, x: Float[Tensor, "*batch d_in"], c: float | Tensor, side: 
     if "core" in p:
         return F.linear(times(h.unflatten(-1, (-1, p["core"].shape[-1])), p["core"]).flatten(-2), p["U"])
     assert isinstance(c, Tensor)
-    b = p["Q"].shape[-1]
-    c = c.to(h.dtype)
-    S, moved = p["S"] + c * p["dS"], c * p["dS"] * h
+    rows = c.to(h.dtype)
+    S, moved = p["S"] + rows * p["dS"], rows * p["dS"] * h
+    return F.linear((turn(h, p, rows) * S if side == "V" else turn(h * S, p, -rows)) + moved, p["U"])
 
-    def turn(z: Tensor, c: Tensor) -> Tensor:
-        blocks, c = z.unflatten(-1, (-1, b)), c[..., None]
-        return (turned(blocks, p, c) if "V" in p else 2 * c * times(blocks, p["Q"])).flatten(-2)
 
-    return F.linear((turn(h, c) * S if side == "V" else turn(h * S, -c)) + moved, p["U"])
+def turn(h: Float[Tensor, "*batch r"], p: Params, c: Tensor) -> Float[Tensor, "*batch r"]:
+    """h R(c) - h."""
+    blocks, c = h.unflatten(-1, (-1, p["Q"].shape[-1])), c[..., None]
+    return (turned(blocks, p, c) if "V" in p else 2 * c * times(blocks, p["Q"])).flatten(-2)
 
 
 def low_rank(Q: Float[Tensor, "n b b"], p: Params, c: float, side: Side = "V", first_order: bool = False) -> LowRank:
