@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from lora_lite import compiled
 from lora_lite.dial import DIALS, Dial, current_task, is_functorch
 from lora_lite.lowrank import LowRank
-from lora_lite.mixed import Mixed
+from lora_lite.mixed import Mixed, MixedB
 
 FEW_ROWS = 8  # up to here two small kernels beat addmm's set-up: 1.146x against 1.178x of the base at one token, CORE.md section 6
 
@@ -175,8 +175,11 @@ class LowRankHook(Hook):
 
     def apply(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
         here = layer._parameters
-        update = self.variant.factors(self.cfg, {field: here[name] for field, name in self.fields}, self.base.sizes)
-        return add_low_rank(y, self.dropped(layer, x) if self.dropout else x, update, c)  # type: ignore[arg-type]
+        p, x = {field: here[name] for field, name in self.fields}, self.dropped(layer, x) if self.dropout else x
+        if self.variant.narrows:
+            h, B = self.variant.narrowed(self.cfg, p, x)
+            return add_narrow(y, h.to(y.dtype), B, c)  # type: ignore[union-attr, arg-type]  # under autocast x may be wider than y
+        return add_low_rank(y, x, self.variant.factors(self.cfg, p, self.base.sizes), c)  # type: ignore[arg-type]
 
 
 def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor) -> Tensor:
@@ -190,9 +193,17 @@ def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor) -> Te
     if scale is not None and A.dtype is not x.dtype and trains_across_dtypes(y, x, A):
         return Mixed.apply(y, x, A, B, scale)  # type: ignore[return-value]
     h = F.linear(x, A if A.dtype is x.dtype else A.to(x.dtype))
-    if scale is None:
-        h, scale = (h * (c * g)).to(h.dtype), 1.0
-    B = B if B.dtype is h.dtype else B.to(h.dtype)
+    return add_narrow(y, h, B, c * g if scale is None else scale)
+
+
+def add_narrow(y: Tensor, h: Tensor, B: Tensor, scale: float | Tensor) -> Tensor:
+    """y + scale B h for h (*batch, r), scale a float or broadcastable against h."""
+    if type(scale) is not float:
+        h, scale = (h * scale).to(h.dtype), 1.0
+    if B.dtype is not h.dtype:
+        if trains_across_dtypes(y, h, B):
+            return MixedB.apply(y, h, B, scale)  # type: ignore[return-value]
+        B = B.to(h.dtype)
     if h.dtype is y.dtype and y.numel() > FEW_ROWS * y.shape[-1]:
         return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=scale).view(y.shape)
     out = torch.add(y, F.linear(h, B), alpha=scale)

@@ -34,3 +34,21 @@ class Mixed(torch.autograd.Function):
         gA = (gh.t() @ rows).to(A.dtype) if ctx.needs_input_grad[2] else None
         gB = (g.t() @ ((rows @ a.t()) * ctx.scale)).to(B.dtype) if ctx.needs_input_grad[3] else None
         return gy, gx, gA, gB, None
+
+
+class MixedB(torch.autograd.Function):
+    """y + scale * B h with h (*batch, r) and y (*batch, d_out) of one dtype, B of another."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(h, B)
+        ctx.scale = scale
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.to(h.dtype).t(), alpha=scale).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (h, B), (gy,) = ctx.saved_tensors, grads
+        g = gy.flatten(0, -2)
+        gh = ((g @ B.to(h.dtype)) * ctx.scale).view(h.shape) if ctx.needs_input_grad[1] else None
+        gB = (g.t() @ (h.flatten(0, -2) * ctx.scale)).to(B.dtype) if ctx.needs_input_grad[2] else None
+        return gy, gh, gB, None

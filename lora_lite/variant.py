@@ -99,6 +99,7 @@ class Variant:
     why_not       the reason of each "no" among linear_in_c and row_c
     paper         arXiv id
     parameters    how many numbers train per layer, as a formula in d_in, d_out and the config's fields
+    narrows       form "low-rank": whether `narrowed` says x A^T for less than the product with `factors`' A
     exact_low_rank  for other forms than "low-rank": whether `low_rank_given_weight` says the same exactly
     """
 
@@ -114,6 +115,7 @@ class Variant:
     row_c: ClassVar[bool] = True
     why_not: ClassVar[Mapping[str, str]] = {}
     parameters: ClassVar[str] = ""
+    narrows: ClassVar[bool] = False
     exact_low_rank: ClassVar[Literal["no", "given weight"]] = "no"
 
     @staticmethod
@@ -144,6 +146,11 @@ class Variant:
     @staticmethod
     def factors(cfg: Any, p: Params, base: Base) -> LowRank:
         """form "low-rank": the update at c = 1. The runtime casts it, applies c, merges, bakes and exports it."""
+        raise NotImplementedError
+
+    @staticmethod
+    def narrowed(cfg: Any, p: Params, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`narrows`: x A^T (*batch, r) in x's dtype, and B (d_out, r), for x (*batch, d_in); the same update as `factors`, g = 1."""
         raise NotImplementedError
 
     @classmethod
