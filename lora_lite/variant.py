@@ -99,7 +99,7 @@ class Variant:
     why_not       the reason of each "no" among linear_in_c and row_c
     paper         arXiv id
     parameters    how many numbers train per layer, as a formula in d_in, d_out and the config's fields
-    narrows       form "low-rank": whether `narrowed` says x A^T for less than the product with `factors`' A
+    narrows       form "low-rank": whether `narrowed` says the same for less time or memory than the products with `factors`
     exact_low_rank  for other forms than "low-rank": whether `low_rank_given_weight` says the same exactly
     """
 
@@ -149,8 +149,8 @@ class Variant:
         raise NotImplementedError
 
     @staticmethod
-    def narrowed(cfg: Any, p: Params, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`narrows`: x A^T (*batch, r) in x's dtype, and B (d_out, r), for x (*batch, d_in); the same update as `factors`, g = 1."""
+    def narrowed(cfg: Any, p: Params, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`narrows`: h (*batch, r) in x's dtype, B (d_out, r) and a gate (d_out,) or None; the update of x is gate * (B h)."""
         raise NotImplementedError
 
     @classmethod
@@ -179,10 +179,16 @@ class Variant:
         """
         raise NotImplementedError
 
+    @classmethod
+    def added(cls, cfg: Any, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+        """Other forms: y + delta (form "input": x + delta). Defined instead of `delta` where one kernel does both; no dropout then."""
+        onto = x if y is None else y
+        return onto + cls.delta(cfg, p, x, y, base, c).to(onto.dtype)
+
 
 REGISTRY: dict[str, type[Variant]] = {}
 V = TypeVar("V", bound=type[Variant])
-FORMS = {"low-rank": "factors", "output": "delta", "input": "delta"}
+FORMS = {"low-rank": ("factors",), "output": ("delta", "added"), "input": ("delta", "added")}  # one of these must be defined
 
 
 def register(cls: V) -> V:
@@ -195,9 +201,9 @@ def register(cls: V) -> V:
         raise ValueError(f"variant {cls.name!r} is already registered by {known.__module__}.{known.__qualname__}")
     if cls.form not in FORMS:
         raise TypeError(f"variant {cls.name!r} has form {cls.form!r}, not one of {sorted(FORMS)}")
-    for method in ("param_specs", FORMS[cls.form]):
-        if getattr(cls, method) is getattr(Variant, method):
-            raise TypeError(f"variant {cls.name!r} of form {cls.form!r} must define {method}()")
+    for methods in (("param_specs",), FORMS[cls.form]):
+        if not any(inspect.getattr_static(cls, m) is not inspect.getattr_static(Variant, m) for m in methods):
+            raise TypeError(f"variant {cls.name!r} of form {cls.form!r} must define {'() or '.join(methods)}()")
     if not issubclass(cls.Config, AdapterConfig) or cls.Config.variant != cls.name:
         raise TypeError(f"variant {cls.name!r} needs a Config, a subclass of AdapterConfig whose `variant` is {cls.name!r}")
     REGISTRY.setdefault(cls.name, cls)

@@ -53,8 +53,8 @@ class MiSS(Variant):
         return LowRank(tiled, M.T)
 
     @staticmethod
-    def narrowed(cfg: MiSSConfig, p: Params, x: Tensor) -> tuple[Tensor, Tensor]:
-        return sum_of_blocks(x, cfg.r), p["lora_M"].T
+    def narrowed(cfg: MiSSConfig, p: Params, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        return sum_of_blocks(x, cfg.r), p["lora_M"].T, None
 
 
 def sum_of_blocks(x: Float[Tensor, "*batch d_in"], r: int) -> Float[Tensor, "*batch r"]:
