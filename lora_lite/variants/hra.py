@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from lora_lite.lowrank import LowRank
+from lora_lite.lowrank import LowRank, add_narrow
 from lora_lite.variant import Base, Identity, Initial, Params, ParamSpec, Variant, register
 from lora_lite.variants.rank import RankConfig
 
@@ -80,10 +80,9 @@ class HRA(Variant):
         T = torch.linalg.solve_triangular(torch.triu(cosines, 1) + eye / 2, -eye, upper=True)
         return {"A": U.T, "B": U @ T}  # H - I = B A
 
-    @staticmethod
-    def delta(cfg: Any, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
-        h = F.linear(x, p["A"])
-        return F.linear((c * h).to(h.dtype), p["B"])  # c on the r numbers per token, not on the d_in
+    @classmethod
+    def added(cls, cfg: Any, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+        return add_narrow(x, F.linear(x, p["A"]), p["B"], c)
 
     @classmethod
     def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base, c: float = 1.0) -> LowRank:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.config import AdapterConfig
@@ -79,16 +80,22 @@ class OFT(Variant):
             Q = c * Q
             return {"turn": exact(Q) if cfg.cayley == "exact" else neumann(Q, lambda z: z @ Q, cfg.terms)}
 
-    @staticmethod
-    def delta(cfg: OFTConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+    @classmethod
+    def added(cls, cfg: OFTConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
         blocks = x.unflatten(-1, (-1, cfg.block_size))
         if "turn" in p:
-            return times(blocks, p["turn"]).flatten(-2)
+            return plus_times(blocks, p["turn"]).flatten(-2)
         assert isinstance(c, Tensor)
         c = c[..., None].to(x.dtype)
         if cfg.cayley == "neumann":
-            return neumann(c * times(blocks, p["Q"]), lambda z: c * times(z, p["Q"]), cfg.terms).flatten(-2)
-        return turned(blocks, p, c).flatten(-2)
+            return x + neumann(c * times(blocks, p["Q"]), lambda z: c * times(z, p["Q"]), cfg.terms).flatten(-2)
+        return x + turned(blocks, p, c).flatten(-2)
+
+
+def plus_times(x: Float[Tensor, "*batch n b"], M: Float[Tensor, "n b b"]) -> Float[Tensor, "*batch n b"]:
+    """x + x M in one pass."""
+    rows = x.reshape(-1, *M.shape[:2]).transpose(0, 1)
+    return torch.baddbmm(rows, rows, M).transpose(0, 1).reshape(x.shape)
 
 
 def neumann(first: Tensor, times_P: Callable[[Tensor], Tensor], terms: int) -> Tensor:
