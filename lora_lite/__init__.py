@@ -27,6 +27,7 @@ from lora_lite.target import Target, find_targets
 from lora_lite.variant import REGISTRY, Base, Identity, Initial, ParamSpec, Variant, register
 from lora_lite.variants import (
     AdaLoRAConfig,
+    AntiPaSTOConfig,
     CorDAConfig,
     DeLoRAConfig,
     DoRAConfig,
@@ -44,6 +45,7 @@ from lora_lite.variants import (
     OLoRAConfig,
     PiSSAConfig,
     ROADConfig,
+    SSVDConfig,
     VeRAConfig,
 )
 from lora_lite.version import __version__
@@ -51,11 +53,11 @@ from lora_lite.version import __version__
 logger.disable("lora_lite")  # a library is silent; `logger.enable("lora_lite")` lets it speak, as the command line does
 
 __all__ = [
-    "AdaLoRAConfig", "Adapter", "AdapterConfig", "Base", "CheckpointError", "ContrastivePairs", "CorDAConfig", "DeLoRAConfig",
-    "DoRAConfig", "DoseResponse", "EVAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig", "HistoryBake", "IA3Config",
-    "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAGAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig", "OFTConfig",
-    "OLoRAConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SharedSubspace", "Target",
-    "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach", "block_shifts", "calibrate_c",
-    "completion_nll", "disabled", "dose_response", "find_targets", "from_peft", "load", "margin_nll", "null_control", "pcgrad",
-    "read", "reference_kl", "register", "stack", "to_peft", "train_steering",
+    "AdaLoRAConfig", "Adapter", "AdapterConfig", "AntiPaSTOConfig", "Base", "CheckpointError", "ContrastivePairs", "CorDAConfig",
+    "DeLoRAConfig", "DoRAConfig", "DoseResponse", "EVAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig", "HistoryBake",
+    "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAGAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig",
+    "OFTConfig", "OLoRAConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SSVDConfig",
+    "SharedSubspace", "Target", "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach", "block_shifts",
+    "calibrate_c", "completion_nll", "disabled", "dose_response", "find_targets", "from_peft", "load", "margin_nll",
+    "null_control", "pcgrad", "read", "reference_kl", "register", "stack", "to_peft", "train_steering",
 ]  # fmt: skip

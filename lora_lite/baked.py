@@ -16,7 +16,8 @@ from torch.nn import Parameter
 
 from lora_lite.dial import DIALS, Coefficient, current_task
 from lora_lite.doses import DoseDial, Doses, Parts, on_ranks
-from lora_lite.hooks import FEW_ROWS, Hook, hooks_on
+from lora_lite.hooks import Hook, hooks_on
+from lora_lite.lowrank import FEW_ROWS
 
 Members = tuple[tuple[int, Hook], ...]  # (place in the stack, a hook that is not installed: called at its turn)
 

@@ -12,17 +12,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, add, nn
+from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from lora_lite import compiled
-from lora_lite.dial import DIALS, Dial, Setting, current_task, is_functorch
-from lora_lite.lowrank import LowRank
-from lora_lite.mixed import Mixed
-
-FEW_ROWS = 8  # up to here two small kernels beat addmm's set-up: 1.146x against 1.178x of the base at one token, CORE.md section 6
+from lora_lite.dial import DIALS, Dial, Setting, current_task
+from lora_lite.lowrank import LowRank, add_narrow
+from lora_lite.mixed import Mixed, linear, trains_across_dtypes
 
 
 class Hook:
@@ -149,10 +146,12 @@ class OutputHook(Hook):
     def apply(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
         assert y is not None
         kept = self.dropped(layer, x)
-        seen = y if kept is x else layer.forward(kept)  # the method's own W·dropout(x), as published
-        return y + self.delta(layer, kept, seen, c).to(y.dtype)
+        if kept is x:
+            return self.by(self.variant.added, layer, x, y, c).to(y.dtype)
+        return y + self.by(self.variant.delta, layer, kept, layer.forward(kept), c).to(y.dtype)  # its own W·dropout(x), as published
 
-    def delta(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
+    def by(self, method: Callable[..., Tensor], layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
+        """A method of the variant with all it needs: the base as far as declared, tensors prepared and cast to x's dtype."""
         base = self.base.read(layer, x.dtype if y is None else y.dtype)
         if torch.is_autocast_enabled(x.device.type):  # what is small is computed in the precision it is stored in
             with torch.autocast(x.device.type, enabled=False):
@@ -160,7 +159,7 @@ class OutputHook(Hook):
         else:
             p = self.variant.prepare(self.cfg, self.tensors(layer), base, c)
         dtype = x.dtype
-        return self.variant.delta(self.cfg, {k: v if v.dtype is dtype else v.to(dtype) for k, v in p.items()}, x, y, base, c)
+        return method(self.cfg, {k: v if v.dtype is dtype else v.to(dtype) for k, v in p.items()}, x, y, base, c)
 
 
 class InputHook(OutputHook):
@@ -175,7 +174,7 @@ class InputHook(OutputHook):
         return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): x})
 
     def apply(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
-        return x + self.delta(layer, x, None, c).to(x.dtype)
+        return self.by(self.variant.added, layer, x, None, c).to(x.dtype)
 
 
 class LowRankHook(Hook):
@@ -185,8 +184,11 @@ class LowRankHook(Hook):
 
     def apply(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
         here = layer._parameters
-        update = self.variant.factors(self.cfg, {field: here[name] for field, name in self.fields}, self.base.sizes)
-        return add_low_rank(y, self.dropped(layer, x) if self.dropout else x, update, c)  # type: ignore[arg-type]
+        p, x = {field: here[name] for field, name in self.fields}, self.dropped(layer, x) if self.dropout else x
+        if self.variant.narrows:
+            h, B, gate = self.variant.narrowed(self.cfg, p, x)
+            return add_narrow(y, h.to(y.dtype), B, c, gate)  # type: ignore[union-attr, arg-type]  # under autocast x may be wider than y
+        return add_low_rank(y, x, self.variant.factors(self.cfg, p, self.base.sizes), c)  # type: ignore[arg-type]
 
 
 def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor) -> Tensor:
@@ -198,23 +200,12 @@ def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor) -> Te
     A, B, g = update
     scale = c * g if type(c) is float and type(g) is float else None  # 20 ns; isinstance(c, Tensor) takes 64, in every layer
     if A.dtype is x.dtype:
-        h = linear(x, A)
-    elif scale is not None and trains_across_dtypes(y, x, A):
+        h = F.linear(x, A)
+    elif scale is not None and A.requires_grad and x.dtype is y.dtype and trains_across_dtypes(x, A):
         return Mixed.apply(y, x, A, B, scale)  # type: ignore[return-value]
     else:
-        h = linear(x, A.to(x.dtype))
-    if scale is None:
-        h, scale = (h * (c * g)).to(h.dtype), 1.0
-    B = B if B.dtype is h.dtype else B.to(h.dtype)
-    if h.dtype is y.dtype and y.numel() > FEW_ROWS * y.shape[-1]:
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=scale).view(y.shape)
-    out = add(y, linear(h, B), alpha=scale)
-    return out if out.dtype is y.dtype else out.to(y.dtype)
-
-
-def trains_across_dtypes(y: Tensor, x: Tensor, A: Tensor) -> bool:
-    """Whether casts of the factors would be kept for a backward (torch.func's transforms take the ordinary way)."""
-    return x.dtype is y.dtype and x.dim() > 1 and A.requires_grad and torch.is_grad_enabled() and not (is_functorch(x) or is_functorch(A))
+        h = linear(x, A)
+    return add_narrow(y, h, B, c * g if scale is None else scale)
 
 
 HOOKS: dict[str, Callable[..., Hook]] = {"low-rank": LowRankHook, "output": OutputHook, "input": InputHook}

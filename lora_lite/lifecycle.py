@@ -166,6 +166,14 @@ def _directions(kept: Sequence[Adapter]) -> dict[str, Tensor]:
         raise TypeError(f"exclude_directions takes a list of Adapters, such as [ll.read('kind.safetensors')]; got {str(kept)[:80]!r}")
     found: dict[str, list[Tensor]] = {}
     for adapter in kept:
-        for target, update in adapter.factors().items():
-            found.setdefault(target, []).append(update.A.detach())
+        for target, rows in _directions_of(adapter).items():
+            found.setdefault(target, []).append(rows.detach())
     return {target: torch.cat(rows) for target, rows in found.items()}
+
+
+def _directions_of(adapter: Adapter) -> dict[str, Tensor]:
+    if adapter.variant.form != "low-rank":
+        own = {target: adapter.variant.directions(p) for target, p in adapter.tensors().items()}
+        if known := {target: rows for target, rows in own.items() if rows is not None}:
+            return known
+    return {target: update.A for target, update in adapter.factors().items()}  # or a TypeError that names the variant

@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from lora_lite.mixed import MixedLinear, linear, trains_across_dtypes
+
+FEW_ROWS = 8  # up to here two small kernels beat addmm's set-up: 1.146x against 1.178x of the base at one token, CORE.md section 6
 
 
 class LowRank(NamedTuple):
@@ -59,3 +64,19 @@ def stack(updates: Sequence[LowRank]) -> LowRank:
         torch.as_tensor(u.g, dtype=torch.float32 if not isinstance(u.g, Tensor) else None, device=u.A.device).expand(u.r) for u in updates
     ]
     return LowRank(torch.cat([u.A for u in updates]), torch.cat([u.B for u in updates], dim=1), torch.cat(gains))
+
+
+def add_narrow(y: Tensor, h: Tensor, B: Tensor, scale: float | Tensor, gate: Tensor | None = None) -> Tensor:
+    """y + scale * gate * B h, for h (*batch, r) and y (*batch, d_out); scale broadcasts against h, gate has one number per output."""
+    if type(scale) is not float:
+        h, scale = (h * scale).to(h.dtype), 1.0
+    if gate is not None:
+        out = torch.addcmul(y, linear(h, B), gate if gate.dtype is h.dtype else gate.to(h.dtype), value=scale)
+    elif B.dtype is not h.dtype and h.dtype is y.dtype and trains_across_dtypes(h, B):
+        return MixedLinear.apply(y, h, B, scale)  # type: ignore[return-value]
+    else:
+        B = B if B.dtype is h.dtype else B.to(h.dtype)
+        if h.dtype is y.dtype and y.numel() > FEW_ROWS * y.shape[-1]:
+            return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t(), alpha=scale).view(y.shape)
+        out = torch.add(y, F.linear(h, B), alpha=scale)
+    return out if out.dtype is y.dtype else out.to(y.dtype)

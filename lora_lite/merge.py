@@ -34,7 +34,7 @@ def folded(layer: nn.Module, hook: Hook, c: float) -> Folded:
     W, bias = dense_weight(layer), layer._parameters.get("bias")
     wide = torch.promote_types(W.dtype, torch.float32)
     b = None if bias is None else bias.to(wide)
-    if isinstance(hook, LowRankHook):
+    if isinstance(hook, LowRankHook) and not hook.variant.narrows:  # those round elsewhere than their factors do
         A, B, g = hook.variant.factors(hook.cfg, hook.tensors(layer), hook.base.sizes)
         new_W, new_b = W.to(wide) + LowRank(A.to(wide), B.to(wide), c * g).dense(), b
     else:

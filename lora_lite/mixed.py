@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_lite.dial import is_functorch
+
 
 class Mixed(torch.autograd.Function):
     """y + scale * B A x with x (*batch, d_in) and y (*batch, d_out) of one dtype, A and B of another."""
@@ -34,3 +36,36 @@ class Mixed(torch.autograd.Function):
         gA = (gh.t() @ rows).to(A.dtype) if ctx.needs_input_grad[2] else None
         gB = (g.t() @ ((rows @ a.t()) * ctx.scale)).to(B.dtype) if ctx.needs_input_grad[3] else None
         return gy, gx, gA, gB, None
+
+
+class MixedLinear(torch.autograd.Function):
+    """y + scale * B h with h (*batch, r) and y (*batch, d_out) of one dtype, B of another; without a y, B h."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor | None, h: Tensor, B: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(h if B.requires_grad else None, B)
+        ctx.dtype, ctx.scale = h.dtype, scale
+        b = B.to(h.dtype)
+        if y is None:
+            return F.linear(h, b)
+        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=scale).view(y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (h, B), (gy,) = ctx.saved_tensors, grads
+        gh = (gy @ B.to(ctx.dtype)) * ctx.scale if ctx.needs_input_grad[1] else None
+        gB = (gy.flatten(0, -2).t() @ (h.flatten(0, -2) * ctx.scale)).to(B.dtype) if ctx.needs_input_grad[2] else None
+        return gy if ctx.needs_input_grad[0] else None, gh, gB, None
+
+
+def linear(x: Tensor, W: Tensor) -> Tensor:
+    """W x in x's dtype, for x (*batch, d_in)."""
+    if W.dtype is x.dtype:
+        return F.linear(x, W)
+    return MixedLinear.apply(None, x, W, 1.0) if trains_across_dtypes(x, W) else F.linear(x, W.to(x.dtype))  # type: ignore[return-value]
+
+
+def trains_across_dtypes(x: Tensor, W: Tensor) -> bool:
+    """Whether a cast of W would be kept for a backward (torch.func's transforms take the ordinary way)."""
+    needed = x.dim() > 1 and torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
+    return needed and not (is_functorch(x) or is_functorch(W))

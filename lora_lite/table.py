@@ -75,7 +75,9 @@ SIZES: Mapping[str, Callable[[Any], int]] = {
     "d_out": lambda cfg: D_OUT,
     "r": lambda cfg: cfg.r,
     "d_in / block_size": lambda cfg: D_IN // cfg.block_size,
+    "r / block_size": lambda cfg: cfg.r // cfg.block_size,
     "block_size * (block_size - 1) / 2": lambda cfg: cfg.block_size * (cfg.block_size - 1) // 2,
+    "r * (r - 1) / 2": lambda cfg: cfg.r * (cfg.r - 1) // 2,
     "int(kind[-1]) * d_out / 2": lambda cfg: int(cfg.kind[-1]) * D_OUT // 2,
 }
 

@@ -120,6 +120,7 @@ class Variant:
     why_not       the reason of each "no" among linear_in_c and row_c
     paper         arXiv id
     parameters    how many numbers train per layer, as a formula in d_in, d_out and the config's fields
+    narrows       form "low-rank": whether `narrowed` says the same for less time or memory than the products with `factors`
     exact_low_rank  for other forms than "low-rank": whether `low_rank_given_weight` says the same exactly
     """
 
@@ -138,6 +139,7 @@ class Variant:
     row_c: ClassVar[bool] = True
     why_not: ClassVar[Mapping[str, str]] = {}
     parameters: ClassVar[str] = ""
+    narrows: ClassVar[bool] = False
     exact_low_rank: ClassVar[Literal["no", "given weight"]] = "no"
 
     @staticmethod
@@ -186,10 +188,20 @@ class Variant:
         """form "low-rank": the update at c = 1. The runtime casts it, applies c, merges, bakes and exports it."""
         raise NotImplementedError
 
-    @classmethod
-    def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base) -> LowRank:
-        """exact_low_rank "given weight": the update at c = 1 as a low-rank sum, with `base.weight` given."""
+    @staticmethod
+    def narrowed(cfg: Any, p: Params, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`narrows`: h (*batch, r) in x's dtype, B (d_out, r) and a gate (d_out,) or None; the update of x is gate * (B h)."""
         raise NotImplementedError
+
+    @classmethod
+    def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base, c: float = 1.0) -> LowRank:
+        """exact_low_rank "given weight": the update at c as a low-rank sum, with `base.weight` given."""
+        raise NotImplementedError
+
+    @staticmethod
+    def directions(p: Params) -> Tensor | None:
+        """Other forms: the input directions it uses (n, d_in), for later rounds to leave out; None where it has none of its own."""
+        return None
 
     @staticmethod
     def prepare(cfg: Any, p: Params, base: Base, c: float | Tensor) -> Params:
@@ -220,10 +232,16 @@ class Variant:
         """`adapter.aux_loss()`: a scalar to add to the task's loss; zero for methods without one."""
         return torch.zeros(())
 
+    @classmethod
+    def added(cls, cfg: Any, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+        """Other forms: y + delta (form "input": x + delta). Defined instead of `delta` where one kernel does both; no dropout then."""
+        onto = x if y is None else y
+        return onto + cls.delta(cfg, p, x, y, base, c).to(onto.dtype)
+
 
 REGISTRY: dict[str, type[Variant]] = {}
 V = TypeVar("V", bound=type[Variant])
-FORMS = {"low-rank": "factors", "output": "delta", "input": "delta"}
+FORMS = {"low-rank": ("factors",), "output": ("delta", "added"), "input": ("delta", "added")}  # one of these must be defined
 
 
 def register(cls: V) -> V:
@@ -236,9 +254,9 @@ def register(cls: V) -> V:
         raise ValueError(f"variant {cls.name!r} is already registered by {known.__module__}.{known.__qualname__}")
     if cls.form not in FORMS:
         raise TypeError(f"variant {cls.name!r} has form {cls.form!r}, not one of {sorted(FORMS)}")
-    for method in ("param_specs", FORMS[cls.form]):
-        if getattr(cls, method) is getattr(Variant, method):
-            raise TypeError(f"variant {cls.name!r} of form {cls.form!r} must define {method}()")
+    for methods in (("param_specs",), FORMS[cls.form]):
+        if not any(inspect.getattr_static(cls, m) is not inspect.getattr_static(Variant, m) for m in methods):
+            raise TypeError(f"variant {cls.name!r} of form {cls.form!r} must define {'() or '.join(methods)}()")
     if not issubclass(cls.Config, AdapterConfig) or cls.Config.variant != cls.name:
         raise TypeError(f"variant {cls.name!r} needs a Config, a subclass of AdapterConfig whose `variant` is {cls.name!r}")
     REGISTRY.setdefault(cls.name, cls)

@@ -65,6 +65,11 @@ VARIANTS: dict[str, Row] = {
     "oft-neumann": Row(ll.OFTConfig(block_size=8, cayley="neumann")),
     "road": Row(ll.ROADConfig(group_size=4)),
     "road-4": Row(ll.ROADConfig(kind="road_4", group_size=8)),
+    "antipasto": Row(ll.AntiPaSTOConfig(r=6, block_size=3)),
+    "antipasto-u": Row(ll.AntiPaSTOConfig(r=4, block_size=2, rotate="U", max_angle=0.5)),
+    "antipasto-scored": Row(ll.AntiPaSTOConfig(r=4, block_size=2, selection_score="wanda"), calibrated=True),
+    "ssvd": Row(ll.SSVDConfig(r=4)),
+    "ssvd-first-order": Row(ll.SSVDConfig(r=4, cayley="first-order")),
 }
 each_variant = pytest.mark.parametrize("row", VARIANTS.values(), ids=VARIANTS.keys())
 

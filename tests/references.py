@@ -220,6 +220,59 @@ def vera(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, t
     return linear(x, W, b) + c * linear(x, wrong_scale * update)
 
 
+def skew_of(upper: Tensor, size: int) -> Tensor:
+    """The numbers above the diagonal, row after row, and their negatives below."""
+    A, k = torch.zeros(size, size, dtype=upper.dtype), 0
+    for i in range(size):
+        for j in range(i + 1, size):
+            unit = torch.zeros_like(A)
+            unit[i, j], unit[j, i] = 1, -1
+            A, k = A + upper[k] * unit, k + 1
+    assert k == len(upper)
+    return A
+
+
+def turned_spectrum(W: Tensor, b: Tensor | None, t: Tensors, x: Tensor, c: Any, R: Tensor, side: str) -> Tensor:
+    """W with its part U diag(S) Vh replaced by U diag(S + c dS) R^T Vh or U R diag(S + c dS) Vh; a matrix per row where c differs."""
+    scaled = torch.diag_embed(t["lora_S"] + c * t["lora_dS"])
+    middle = scaled @ R.mT if side == "V" else R @ scaled
+    tuned = W - t["lora_U"] @ torch.diag(t["lora_S"]) @ t["lora_Vh"] + t["lora_U"] @ middle @ t["lora_Vh"]
+    y = (tuned @ x[..., None])[..., 0]
+    return y if b is None else y + b
+
+
+def antipasto(
+    W: Tensor,
+    b: Tensor | None,
+    t: Tensors,
+    cfg: Any,
+    x: Tensor,
+    c: Any,
+    target: str = "",
+    never_back: bool = False,
+    wrong_side: bool = False,
+) -> Tensor:
+    """arXiv:2601.07473: V or U is followed by R(c) = (I - cA/2)^-1 (I + cA/2), the entries of A saturated at 2 tan(max_angle / 2)."""
+    n, numbers = t["lora_theta"].shape
+    size, limit = round((1 + math.sqrt(1 + 8 * numbers)) / 2), 2 * math.tan(cfg.max_angle / 2)
+    A = limit * torch.tanh(torch.block_diag(*[skew_of(upper, size) for upper in t["lora_theta"]]) / limit)
+    eye = torch.eye(n * size, dtype=W.dtype)
+    X = (c[..., None] if isinstance(c, Tensor) and c.dim() else c) * A / 2
+    X = X.abs() * A.sign() if never_back else X
+    R = torch.linalg.inv(eye - X) @ (eye + X)
+    side = {"V": "U", "U": "V"}[cfg.rotate] if wrong_side else cfg.rotate
+    return turned_spectrum(W, b, t, x, c, R, side)
+
+
+def ssvd(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_way: bool = False) -> Tensor:
+    """arXiv:2509.02830: Vh is preceded by G = (I - cK)(I + cK)^-1, in the authors' code by I - 2cK."""
+    K = skew_of(t["lora_K"], len(t["lora_S"]))
+    eye = torch.eye(len(K), dtype=W.dtype)
+    K = (c[..., None] if isinstance(c, Tensor) and c.dim() else c) * (-K if wrong_way else K)
+    G = eye - 2 * K if cfg.cayley == "first-order" else (eye - K) @ torch.linalg.inv(eye + K)
+    return turned_spectrum(W, b, t, x, c, G.mT, "V")
+
+
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     "lora": lora,
     "eva": lora,
@@ -240,6 +293,8 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "vera": vera,
     "oft": oft,
     "road": road,
+    "antipasto": antipasto,
+    "ssvd": ssvd,
 }
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.untyped
 
 SCALARS = (0.5, 1.0, -1.0, 0.0, 2.0, torch.tensor(0.7), torch.tensor([0.3], dtype=torch.float64), torch.tensor(0))
 ROWS = (torch.tensor([0.0, 1.0, -1.0]), torch.zeros(3), torch.linspace(-1, 1, 12).reshape(3, 4))
-SMALL = ("lora", "pissa", "pissa-spectrum", "ia3", "ia3_ff", "dora")
+SMALL = ("lora", "pissa", "pissa-spectrum", "ia3", "ia3_ff", "dora", "antipasto", "ssvd-first-order")
 METHODS = pytest.mark.parametrize("row", [VARIANTS[n] for n in SMALL], ids=SMALL)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lora_lite as ll
 from lora_lite.variant import Base
+from lora_lite.variants import cayley as cayley_file
 from lora_lite.variants import oft as oft_file
 from tests.models import VARIANTS, Row, attach, llama, mlp, normal, randomise, single, tensors_at
 from tests.references import assert_close, assert_differs, reference, same_bits
@@ -157,13 +158,14 @@ def test_a_fresh_oft_with_a_c_per_row_has_finite_gradients() -> None:
 
 def test_a_c_per_token_forms_no_matrix_per_token(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = [0]
-    times = oft_file.times
+    times = cayley_file.times
 
     def watched(x: Tensor, M: Tensor) -> Tensor:
         largest[0] = max(largest[0], M.numel())
         return times(x, M)
 
-    monkeypatch.setattr(oft_file, "times", watched)
+    for file in (cayley_file, oft_file):
+        monkeypatch.setattr(file, "times", watched)
     model, x = single(12, 14), normal(3, 5, 12)
     for cayley in ("exact", "neumann"):
         adapter = randomise(attach(model, Row(ll.OFTConfig(block_size=6, cayley=cayley))))  # type: ignore[arg-type]

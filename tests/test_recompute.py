@@ -17,7 +17,7 @@ from tests.models import VARIANTS, Row, attach, llama, mlp, normal, randomise, t
 RTOL = 1e-6
 KINDS = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 METHODS = pytest.mark.parametrize(
-    "row", [VARIANTS[n] for n in ("lora", "pissa", "ia3_ff", "dora")], ids=["lora", "pissa", "ia3_ff", "dora"]
+    "row", [VARIANTS[n] for n in ("lora", "pissa", "ia3_ff", "dora", "antipasto")], ids=["lora", "pissa", "ia3_ff", "dora", "antipasto"]
 )
 
 Case = Callable[[nn.Module, ll.Adapter, Callable[[], Tensor]], None]

@@ -80,6 +80,33 @@ def test_ia3_gates_the_bias_and_its_input_form_does_not() -> None:
     assert_differs(references.ia3(W, b, {"lora_l": l_out}, CONFIG, x, 1.0, wrong_bias=True), got)
 
 
+def turned(name: str, c: float, **fields: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U, S + c dS and Vh of the base's own SVD, and the weight that a formula makes of them at c."""
+    W, _, _ = weights()
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    t = {"lora_U": U[:, :4], "lora_S": S[:4], "lora_Vh": Vh[:4], "lora_dS": normal(4, seed=5, std=0.1, dtype=torch.float64)}
+    t |= {"lora_theta": normal(2, 1, seed=6, dtype=torch.float64), "lora_K": normal(6, seed=6, dtype=torch.float64)}
+    cfg = SimpleNamespace(**{"rotate": "V", "max_angle": 1.0, "cayley": "exact"} | fields)
+    made = references.REFERENCES[name](W, None, t, cfg, torch.eye(D_IN, dtype=torch.float64), c).T
+    return U, torch.cat([S[:4] + c * t["lora_dS"], S[4:]]), Vh, made
+
+
+@pytest.mark.parametrize("c", [1.0, -0.7])
+@pytest.mark.parametrize(("name", "side"), [("antipasto", "V"), ("antipasto", "U"), ("ssvd", "V")])
+def test_a_turned_spectrum_keeps_its_singular_values_and_one_side(name: str, side: str, c: float) -> None:
+    U, moved, Vh, made = turned(name, c, rotate=side)
+    assert_close(torch.linalg.svdvals(made), moved.sort(descending=True).values, "a rotation changes no singular value")
+    kept = U.T @ made if side == "V" else (made @ Vh.T).T
+    assert_close(kept @ kept.T, torch.diag(moved.square()), "the side that does not turn still has orthogonal directions")
+    assert_differs(made, (U * moved) @ Vh, "nothing turned")
+    assert_close(made @ Vh[4:].T, U[:, 4:] * moved[4:], "what was not chosen")
+
+
+def test_the_first_order_form_is_no_rotation() -> None:
+    _, moved, _, made = turned("ssvd", 1.0, cayley="first-order")
+    assert_differs(torch.linalg.svdvals(made), moved.sort(descending=True).values)
+
+
 def test_lora_scales_by_alpha_over_r_or_its_root_and_the_first_pattern_wins() -> None:
     W, b, x = weights()
     t, update = pair(), pair()["lora_B"] @ pair()["lora_A"]
@@ -106,9 +133,12 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "lora_xs": {"lora_R": (R, R)},
     "adalora": {"lora_E": (R,)},
     "vera": {"lora_d": (R,), "lora_b": (D_OUT,)},
+    "antipasto": {"lora_U": (D_OUT, 4), "lora_S": (4,), "lora_Vh": (4, D_IN), "lora_dS": (4,), "lora_theta": (2, 1)},
+    "ssvd": {"lora_U": (D_OUT, R), "lora_S": (R,), "lora_Vh": (R, D_IN), "lora_dS": (R,), "lora_K": (R,)},
 }
 FIELDS = {"road": {"kind": "road_2", "group_size": 8}, "oft": {"cayley": "exact"}, "delora": {"init": "paper", "strength": 1.5}}
-TURNED = ("oft", "road")  # by an angle c theta: not in a line
+FIELDS |= {"antipasto": {"rotate": "V", "max_angle": 1.0}, "ssvd": {"cayley": "exact"}}
+TURNED = ("oft", "road", "antipasto", "ssvd")  # by an angle c theta: not in a line
 
 
 @pytest.mark.parametrize("name", references.REFERENCES)

@@ -49,13 +49,13 @@ def exact_updates(adapter: Adapter, c: float) -> dict[str, LowRank] | None:
     variant = adapter.variant
     if variant.form == "low-rank":
         return {t: precise(u) for t, u in adapter.factors(c).items()}
-    if variant.exact_low_rank == "no" or (c != 1.0 and not variant.linear_in_c):
+    if variant.exact_low_rank == "no":
         return None
     found = {}
     for t, (layer, hook) in places(adapter).items():
         base = Base(hook.base.sizes.d_in, hook.base.sizes.d_out, dense_weight(layer).detach())
         p = {field: v.detach() for field, v in hook.tensors(layer).items()}
-        found[t] = precise(variant.low_rank_given_weight(hook.cfg, p, base).scaled(c))
+        found[t] = precise(variant.low_rank_given_weight(hook.cfg, p, base, c))
     return found
 
 

@@ -1,6 +1,7 @@
 """One file per method; importing this package registers them all."""
 
 from lora_lite.variants.adalora import AdaLoRAConfig
+from lora_lite.variants.antipasto import AntiPaSTOConfig
 from lora_lite.variants.corda import CorDAConfig
 from lora_lite.variants.delora import DeLoRAConfig
 from lora_lite.variants.dora import DoRAConfig
@@ -16,11 +17,13 @@ from lora_lite.variants.oft import OFTConfig
 from lora_lite.variants.olora import OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig
 from lora_lite.variants.road import ROADConfig
+from lora_lite.variants.ssvd import SSVDConfig
 from lora_lite.variants.vera import VeRAConfig
 
 __all__ = [
     "AdaLoRAConfig",
     "CorDAConfig",
+    "AntiPaSTOConfig",
     "DeLoRAConfig",
     "DoRAConfig",
     "EVAConfig",
@@ -37,5 +40,6 @@ __all__ = [
     "OLoRAConfig",
     "PiSSAConfig",
     "ROADConfig",
+    "SSVDConfig",
     "VeRAConfig",
 ]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from lora_lite.lowrank import LowRank
+from lora_lite.lowrank import LowRank, add_narrow
 from lora_lite.variant import Base, Identity, Initial, Params, ParamSpec, Variant, register
 from lora_lite.variants.rank import RankConfig
 
@@ -72,23 +72,24 @@ class HRA(Variant):
 
     @staticmethod
     def prepare(cfg: Any, p: Params, base: Base, c: float | Tensor) -> Params:
-        U = unit_columns(p["lora_u"])
-        with torch.autocast(U.device.type, enabled=False):  # it would take U^T U down to bfloat16
-            eye = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
-            T = torch.linalg.solve_triangular(torch.triu(U.T @ U, 1) + eye / 2, eye, upper=True)
-            return {"A": U.T, "B": -U @ T}  # H - I = B A
-
-    @staticmethod
-    def delta(cfg: Any, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
-        h = F.linear(x, p["A"])
-        return F.linear((c * h).to(h.dtype), p["B"])  # c on the r numbers per token, not on the d_in
+        u = precise(p["lora_u"])
+        products = u.T @ u  # their diagonal is |u_k|^2: a norm down the columns takes as long as both ends of the update
+        scale = products.diagonal().rsqrt()
+        U, eye = u * scale, torch.eye(len(scale), dtype=u.dtype, device=u.device)
+        cosines = scale[:, None] * products * scale
+        T = torch.linalg.solve_triangular(torch.triu(cosines, 1) + eye / 2, -eye, upper=True)
+        return {"A": U.T, "B": U @ T}  # H - I = B A
 
     @classmethod
-    def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base) -> LowRank:
-        """W (H - I) at c = 1: exact, of rank r, for merging by factors and for export. Reads the weight (d_out, d_in) once."""
+    def added(cls, cfg: Any, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+        return add_narrow(x, F.linear(x, p["A"]), p["B"], c)
+
+    @classmethod
+    def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base, c: float = 1.0) -> LowRank:
+        """c W (H - I): exact, of rank r, for merging by factors and for export. Reads the weight (d_out, d_in) once."""
         assert base.weight is not None
         change = cls.prepare(cfg, p, base, 1.0)
-        return LowRank(change["A"], base.weight.to(change["B"].dtype) @ change["B"])
+        return LowRank(change["A"], base.weight.to(change["B"].dtype) @ change["B"], c)
 
 
 @register
@@ -103,11 +104,10 @@ class HRAGS(HRA):
 
     @staticmethod
     def prepare(cfg: Any, p: Params, base: Base, c: float | Tensor) -> Params:
-        Q, _ = torch.linalg.qr(unit_columns(p["lora_u"]))  # Q Q^T is Gram-Schmidt's, whatever the signs of Q
+        Q, _ = torch.linalg.qr(precise(p["lora_u"]))  # Q Q^T is Gram-Schmidt's, whatever the lengths of u and the signs of Q
         return {"A": Q.T, "B": -2 * Q}
 
 
-def unit_columns(u: Tensor) -> Tensor:
+def precise(u: Tensor) -> Tensor:
     """In float32 at least: LAPACK has no half precision."""
-    u = u.to(torch.promote_types(u.dtype, torch.float32))
-    return u / torch.linalg.vector_norm(u, dim=0)
+    return u.to(torch.promote_types(u.dtype, torch.float32))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lora_lite.config import AdapterConfig
@@ -41,10 +42,10 @@ class IA3(Variant):
     def param_specs(d_in: int, d_out: int, cfg: IA3Config) -> dict[str, ParamSpec]:
         return {"lora_l": ParamSpec((d_out,))}
 
-    @staticmethod
-    def delta(cfg: IA3Config, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+    @classmethod
+    def added(cls, cfg: IA3Config, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
         assert y is not None  # form "output"
-        return c * p["lora_l"] * y
+        return gated(y, p["lora_l"], c)
 
 
 @register
@@ -59,6 +60,11 @@ class IA3FF(Variant):
     def param_specs(d_in: int, d_out: int, cfg: IA3FFConfig) -> dict[str, ParamSpec]:
         return {"lora_l": ParamSpec((d_in,))}
 
-    @staticmethod
-    def delta(cfg: IA3FFConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
-        return c * p["lora_l"] * x
+    @classmethod
+    def added(cls, cfg: IA3FFConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+        return gated(x, p["lora_l"], c)
+
+
+def gated(x: Tensor, change: Tensor, c: float | Tensor) -> Tensor:
+    """(1 + c change) * x in one pass."""
+    return torch.addcmul(x, change, x, value=c) if isinstance(c, float) else torch.addcmul(x, c * change, x)

@@ -1,7 +1,8 @@
 """MiSS: y = W x + M^T (x_1 + x_2 + ...), x cut into blocks of r that share the rows of one shard M (r x d_out).  arXiv:2409.15371
 
 As a low-rank update A is the identity tiled along d_in, and B = M^T. Where r does not divide d_in the last block is short,
-as if x ended in zeros (PEFT's padding): A simply ends early. No second matrix is trained, saved or kept for the backward.
+as if x ended in zeros (PEFT's padding): A simply ends early. A forward adds the blocks up and makes no A; only their sum is kept for
+the backward.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from lora_lite.lowrank import LowRank
 from lora_lite.variant import Base, Params, ParamSpec, Variant, register
@@ -35,6 +39,7 @@ class MiSS(Variant):
     Config = MiSSConfig
     paper = "2409.15371"
     parameters: ClassVar[str] = "r * d_out"
+    narrows = True
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: MiSSConfig) -> dict[str, ParamSpec]:
@@ -46,3 +51,13 @@ class MiSS(Variant):
         blocks = -(-base.d_in // cfg.r)
         tiled = torch.eye(cfg.r, dtype=M.dtype, device=M.device).repeat(1, blocks)[:, : base.d_in]
         return LowRank(tiled, M.T)
+
+    @staticmethod
+    def narrowed(cfg: MiSSConfig, p: Params, x: Tensor) -> tuple[Tensor, Tensor, None]:
+        return sum_of_blocks(x, cfg.r), p["lora_M"].T, None
+
+
+def sum_of_blocks(x: Float[Tensor, "*batch d_in"], r: int) -> Float[Tensor, "*batch r"]:
+    whole = x.shape[-1] - x.shape[-1] % r
+    total = x[..., :whole].unflatten(-1, (-1, r)).sum(-2)
+    return total if whole == x.shape[-1] else total + F.pad(x[..., whole:], (0, r - x.shape[-1] + whole))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lora_lite.config import AdapterConfig
 from lora_lite.variant import Base, Params, ParamSpec, Variant, register
+from lora_lite.variants.cayley import eigenvectors, exact, skew, times, turned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,35 +80,22 @@ class OFT(Variant):
             Q = c * Q
             return {"turn": exact(Q) if cfg.cayley == "exact" else neumann(Q, lambda z: z @ Q, cfg.terms)}
 
-    @staticmethod
-    def delta(cfg: OFTConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+    @classmethod
+    def added(cls, cfg: OFTConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
         blocks = x.unflatten(-1, (-1, cfg.block_size))
         if "turn" in p:
-            return times(blocks, p["turn"]).flatten(-2)
+            return plus_times(blocks, p["turn"]).flatten(-2)
         assert isinstance(c, Tensor)
         c = c[..., None].to(x.dtype)
         if cfg.cayley == "neumann":
-            return neumann(c * times(blocks, p["Q"]), lambda z: c * times(z, p["Q"]), cfg.terms).flatten(-2)
-        z = solve(blocks, p["Q"], p["V"], p["squares"], c)
-        return (2 * c * times(z, p["Q"])).flatten(-2)  # x (I + cQ)(I - cQ)^-1 - x = 2 z c Q
+            return x + neumann(c * times(blocks, p["Q"]), lambda z: c * times(z, p["Q"]), cfg.terms).flatten(-2)
+        return x + turned(blocks, p, c).flatten(-2)
 
 
-def times(x: Float[Tensor, "*batch n b"], M: Float[Tensor, "n b b"]) -> Float[Tensor, "*batch n b"]:
-    return torch.einsum("...nb,nbc->...nc", x, M)
-
-
-def skew(upper: Float[Tensor, "n k"], b: int) -> Float[Tensor, "n b b"]:
-    """The numbers above the diagonal, row after row, and their negatives below; in float32 at least, as LAPACK wants."""
-    upper = upper.to(torch.promote_types(upper.dtype, torch.float32))
-    rows, columns = torch.triu_indices(b, b, 1, device=upper.device)
-    half = upper.new_zeros(len(upper), b * b).index_copy(1, rows * b + columns, upper).unflatten(1, (b, b))
-    return half - half.mT
-
-
-def exact(Q: Float[Tensor, "n b b"]) -> Float[Tensor, "n b b"]:
-    """R - I = 2 Q (I - Q)^-1, which takes no difference of near numbers."""
-    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
-    return torch.linalg.solve(eye - Q, 2 * Q, left=False)
+def plus_times(x: Float[Tensor, "*batch n b"], M: Float[Tensor, "n b b"]) -> Float[Tensor, "*batch n b"]:
+    """x + x M in one pass."""
+    rows = x.reshape(-1, *M.shape[:2]).transpose(0, 1)
+    return torch.baddbmm(rows, rows, M).transpose(0, 1).reshape(x.shape)
 
 
 def neumann(first: Tensor, times_P: Callable[[Tensor], Tensor], terms: int) -> Tensor:
@@ -116,26 +104,3 @@ def neumann(first: Tensor, times_P: Callable[[Tensor], Tensor], terms: int) -> T
     for _ in range(terms - 3):
         z = first + times_P(z)
     return first + z + times_P(z)
-
-
-@torch.no_grad()
-def eigenvectors(Q: Float[Tensor, "n b b"]) -> Params:
-    """Q^2 = -V diag(squares) V^T, so that (I - c^2 Q^2)^-1 is one diagonal for every c."""
-    squares, V = torch.linalg.eigh(Q.mT @ Q)
-    return {"V": V, "squares": squares.clamp_min(0)}
-
-
-def solve(x: Tensor, Q: Tensor, V: Tensor, squares: Tensor, c: Tensor) -> Tensor:
-    """z with z (I - cQ) = x, z = x (I + cQ)(I - c^2 Q^2)^-1, one c per row.
-
-    V is a constant to autograd (eigenvectors of a near-zero Q have no derivative). A Newton step from the detached solution
-    returns the same value, refined, and its exact first derivatives; second derivatives through it are not exact.
-    """
-    still_c, still_Q = c.detach(), Q.detach()
-
-    def inverse(v: Tensor) -> Tensor:
-        v = times(times(v, V) / (1 + still_c.square() * squares), V.mT)
-        return v + still_c * times(v, still_Q)
-
-    z = inverse(x.detach())
-    return z + inverse(x - (z - c * times(z, Q)))

@@ -13,21 +13,18 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from lora_lite.lowrank import LowRank
 from lora_lite.variant import BITWISE, Base, Identity, Initial, Params, ParamSpec, register
-from lora_lite.variants.differences import DifferenceConfig, Differences, precise, start_at
+from lora_lite.variants.differences import DifferenceConfig, Differences, start_at
+from lora_lite.variants.spectrum import SCORES, Score, Spectrum, tail_depth, unsaid
 
 CHOICES = {
     "train": ("factors", "spectrum"),
-    "selection_score": ("s_only", "wanda", "act_only", "cho_rej_min_std"),
+    "selection_score": SCORES,
     "ds_init": ("zeros", "normal"),
 }
-USED = 0.5  # a direction is in use when kept adapters span this much of its squared length
-DEEP = 0.05  # a tail_depth an activation score should exceed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,7 @@ class PiSSAConfig(DifferenceConfig):
 
     variant: ClassVar[str] = "pissa"
     train: Literal["factors", "spectrum"] = "factors"
-    selection_score: Literal["s_only", "wanda", "act_only", "cho_rej_min_std"] = "s_only"
+    selection_score: Score = "s_only"
     ds_init: Literal["zeros", "normal"] = "zeros"
 
     def __post_init__(self) -> None:
@@ -61,85 +58,6 @@ class PiSSAConfig(DifferenceConfig):
 
 def amplifying(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
     return 0.04 + 0.04 * torch.randn(shape, generator=generator)
-
-
-class Moments:
-    """Count, mean, squared deviations and sum of magnitudes per column of a stream, in float64.
-
-    Batches are merged by their means (Chan, Golub and LeVeque 1983): sum z^2 - (sum z)^2 / n would cancel where |mean| >> std.
-    """
-
-    def __init__(self, k: int, device: torch.device) -> None:
-        self.n = 0
-        self.mean, self.deviations, self.magnitudes = torch.zeros(3, k, dtype=torch.float64, device=device)
-
-    def add(self, z: Float[Tensor, "n k"]) -> None:
-        z, n, total = z.double(), len(z), self.n + len(z)
-        mean = z.mean(0)
-        shift = mean - self.mean
-        self.deviations += (z - mean).square_().sum(0) + shift.square() * (self.n * n / total)
-        self.mean += shift * (n / total)
-        self.magnitudes += z.abs().sum(0)
-        self.n = total
-
-    def std(self) -> Float[Tensor, " k"]:
-        return (self.deviations / (self.n - 1)).sqrt()
-
-
-class Spectrum:
-    """The SVD of one weight, and how strongly streamed inputs excite each of its input directions. An Observer.
-
-    Holds U (d_out, k), S (k,), Vh (k, d_in) in float32 at least, and four numbers per direction and group.
-    """
-
-    def __init__(self, weight: Float[Tensor, "d_out d_in"], exclude: Float[Tensor, "n width"] | None = None) -> None:
-        self.U, self.S, self.Vh = torch.linalg.svd(precise(weight), full_matrices=False)
-        self.exclude = exclude
-        self.groups: dict[str, Moments] = {}
-
-    def update(self, x: Float[Tensor, "n d_in"], group: str) -> None:
-        if len(x):
-            moments = self.groups.setdefault(group, Moments(len(self.S), self.S.device))
-            moments.add(x.to(self.Vh.dtype) @ self.Vh.T)
-
-    def score(self, by: str) -> Float[Tensor, " k"]:
-        if by == "s_only":
-            return self.S
-        if by == "cho_rej_min_std":
-            groups = self.seen(by, "cho", "rej")
-            return torch.minimum(groups[0].std(), groups[1].std())
-        groups = self.seen(by, *(self.groups or ("all",)))
-        magnitude = torch.stack([g.magnitudes for g in groups]).sum(0) / sum(g.n for g in groups)  # the poles pooled, token by token
-        return self.S * magnitude if by == "wanda" else magnitude
-
-    def seen(self, by: str, *needed: str) -> list[Moments]:
-        """The groups a score needs. Raises ValueError when one is missing or has a single token."""
-        found = {name: moments.n for name, moments in self.groups.items()}
-        if any(found.get(name, 0) < 2 for name in needed):
-            given = ", ".join(f"{n} of {name!r}" for name, n in found.items()) or "none"
-            raise ValueError(f"selection_score={by!r} needs calibration data, at least 2 tokens of each of {list(needed)}; given: {given}")
-        return [self.groups[name] for name in needed]
-
-    def free(self) -> Bool[Tensor, " k"]:
-        """Which directions no kept adapter uses."""
-        if self.exclude is None or not len(self.exclude):
-            return torch.ones_like(self.S, dtype=torch.bool)
-        if self.exclude.shape[1] != self.Vh.shape[1]:
-            raise ValueError(f"exclude_directions have width {self.exclude.shape[1]}, this layer's inputs {self.Vh.shape[1]}")
-        rows = F.normalize(self.exclude.to(self.Vh), dim=1)  # the length of a row says nothing: a trained difference is short beside its A0
-        _, lengths, Q = torch.linalg.svd(rows, full_matrices=False)
-        Q = Q[lengths > 1e-5 * lengths[0]]
-        return (self.Vh @ Q.T).square().sum(1) <= USED
-
-    def choose(self, by: str, r: int) -> Int[Tensor, " r"]:
-        """The r free directions of the highest score, in ascending order. Raises ValueError when fewer are free."""
-        free = self.free()
-        if (left := int(free.sum())) < r:
-            raise ValueError(
-                f"asked for r={r} directions, exclude_directions leave {left} of {len(free)}; lower r, or exclude fewer adapters"
-            )
-        score = self.score(by).masked_fill(~free, -torch.inf)
-        return score.argsort(descending=True, stable=True)[:r].sort().values
 
 
 @register
@@ -187,27 +105,10 @@ class PiSSA(Differences):
 
     @staticmethod
     def check(cfg: PiSSAConfig, notes: Mapping[str, float]) -> str | None:
-        depth = notes.get("tail_depth", 1.0)
-        if notes.get("left_out") == 0.0:  # as with a LoRA of r=8 trained on a toy Llama: 0 of 768 directions, the nearest spanned to 0.38
-            return (
-                "exclude_directions left out no direction: the kept adapters' inputs span less than half of every singular direction, as "
-                "a LoRA's do whose random A has hardly turned; PiSSA adapters keep directions of the weight itself"
-            )
-        if cfg.selection_score == "s_only" or depth > DEEP:
-            return None
-        return (
-            f"selection_score={cfg.selection_score!r} picked the top of the spectrum, as s_only would: tail_depth {depth:.3f}, "
-            f"not above {DEEP}; is the calibration data what the adapter is for, and r well below the layers' rank?"
-        )
+        return unsaid(cfg.selection_score, notes)
 
     @staticmethod
     def factors(cfg: PiSSAConfig, p: Params, base: Base) -> LowRank:
         if cfg.train == "spectrum":
             return LowRank(p["lora_Vh"], p["lora_U"], p["lora_dS"])
         return Differences.factors(cfg, p, base)
-
-
-def tail_depth(chosen: Int[Tensor, " r"], k: int) -> float:
-    """How deep in a spectrum of k the picks lie: 0 the top only, 1 all in the tail."""
-    r = len(chosen)
-    return (float(chosen.double().mean()) - (r - 1) / 2) / max(1, k - r)

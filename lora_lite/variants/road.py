@@ -7,7 +7,7 @@ arXiv:2409.00119. road_1 has one (theta, alpha) per pair, road_2 one per output,
 terms. The bias is turned too. Stored are theta and alpha - 1, zero at init. c turns and stretches in part, theta_c = c theta and
 alpha_c = 1 + c (alpha - 1), so a road_1 at -c with alpha = 1 undoes the one at c. What is added is
 
-    a cos t - 1 = c (alpha - 1) cos(t) - 2 sin^2(t/2)     never a difference of two numbers near 1
+    a cos t - 1 = (a - 1) - 2 a sin^2(t/2)     never a difference of two numbers near 1
 """
 
 from __future__ import annotations
@@ -73,32 +73,27 @@ class ROAD(Variant):
 
     @staticmethod
     def prepare(cfg: ROADConfig, p: Params, base: Base, c: float | Tensor) -> Params:
-        theta, alpha = c * p["lora_theta"], c * p["lora_alpha"]
-        (own_t, other_t), (own_a, other_a) = per_output(cfg, theta), per_output(cfg, alpha)
-        return {"own": own_a * own_t.cos() - 2 * (own_t / 2).sin().square(), "other": (1 + other_a) * other_t.sin()}
+        one = isinstance(c, float) and c == 1.0  # a product of small tensors costs as much as a pass over y
+        theta, alpha = (v if one else c * v for v in (p["lora_theta"], p["lora_alpha"]))
+        stretch = 1 + alpha
+        own = torch.addcmul(alpha, stretch, (theta / 2).sin().square(), value=-2)
+        return per_output(cfg, own, stretch * theta.sin())
 
     @staticmethod
     def delta(cfg: ROADConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
         assert y is not None  # form "output"
         n = paired(base.d_out)
-        (first, second), own, other = (halves(cfg, v) for v in (y[..., :n], p["own"], p["other"]))  # views: y is all that is kept
-        turned = torch.addcmul(own[0] * first, -other[0], second), torch.addcmul(own[1] * second, other[1], first)
-        change = torch.stack(turned, dim=-2).flatten(-3)
+        y = y if n == base.d_out else y[..., :n]
+        partner = y.unflatten(-1, (-1, cfg.group_size)).roll(cfg.group_size // 2, dims=-1).flatten(-2)
+        change = torch.addcmul(p["own"] * y, p["other"], partner)
         return change if n == base.d_out else F.pad(change, (0, 1))
 
 
-def halves(cfg: ROADConfig, values: Tensor) -> tuple[Tensor, ...]:
-    """Those of the first half of each group and those of the second, (*batch, groups, G/2)."""
-    return values.unflatten(-1, (-1, 2, cfg.group_size // 2)).unbind(-2)
-
-
-def per_output(cfg: ROADConfig, values: Tensor) -> tuple[Tensor, Tensor]:
-    """One number per output (*batch, n): that of its own term, and that of its partner's."""
-    if cfg.kind == "road_2":
-        return values, values
-    if cfg.kind == "road_1":
-        pairs = values.unflatten(-1, (-1, 1, cfg.group_size // 2))
-        both = pairs.expand(*pairs.shape[:-2], 2, -1).flatten(-3)
-        return both, both
-    own, other = values.unflatten(-1, (-1, 2, cfg.group_size)).unbind(-2)
-    return own.flatten(-2), other.flatten(-2)
+def per_output(cfg: ROADConfig, own: Tensor, other: Tensor) -> Params:
+    """One number per output (*batch, n), of its own term and of its partner's, which first halves subtract."""
+    stored = int(4 * PER_OUTPUT[cfg.kind]) // 2  # halves of a group that are stored: one for both, both, or both for each term
+    own, other = (v.unflatten(-1, (-1, stored, cfg.group_size // 2)) for v in (own, other))
+    if stored == 1:
+        own = torch.cat([own, own], dim=-2)
+    first, second = other[..., -min(stored, 2), None, :], other[..., -1:, :]
+    return {"own": own[..., :2, :].flatten(-3), "other": torch.cat([-first, second], dim=-2).flatten(-3)}

@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from lora_lite.lowrank import LowRank
+from lora_lite.mixed import linear
 from lora_lite.variant import Base, Group, Params, ParamSpec, Variant, register
 from lora_lite.variants.rank import RankDropoutConfig
 
@@ -61,6 +62,7 @@ class VeRA(Variant):
     Config = VeRAConfig
     paper = "2310.11454"
     parameters: ClassVar[str] = "r + d_out"
+    narrows = True
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: VeRAConfig) -> dict[str, ParamSpec]:
@@ -87,6 +89,12 @@ class VeRA(Variant):
     @staticmethod
     def factors(cfg: VeRAConfig, p: Params, base: Base) -> LowRank:
         return LowRank(p["lora_A"][:, : base.d_in], p["lora_b"][:, None] * p["lora_B"][: base.d_out], p["lora_d"])
+
+    @staticmethod
+    def narrowed(cfg: VeRAConfig, p: Params, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """l_b on what comes out: l_b * B would be made, and kept for the backward, at every call."""
+        h = linear(x, p["lora_A"][:, : x.shape[-1]])
+        return (h * p["lora_d"]).to(h.dtype), p["lora_B"][: len(p["lora_b"])], p["lora_b"]
 
 
 def projections(cfg: VeRAConfig, wide: int, tall: int) -> dict[str, Tensor]:

@@ -1,0 +1,61 @@
+"""How does one b x b skew-symmetric matrix per block become a rotation, for one c or for a c of each row?
+
+    R(c) = (I + cQ)(I - cQ)^-1,  x_block -> x_block R(c)
+
+R(c) is orthogonal for every Q and c, and R(-c) = R(c)^T undoes it. An eigenvalue i q of Q is a plane that turns by 2 atan(c q).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lora_lite.variant import Params
+
+
+def times(x: Float[Tensor, "*batch n b"], M: Float[Tensor, "n b b"]) -> Float[Tensor, "*batch n b"]:
+    return torch.einsum("...nb,nbc->...nc", x, M)
+
+
+def skew(upper: Float[Tensor, "n k"], b: int) -> Float[Tensor, "n b b"]:
+    """The numbers above the diagonal, row after row, and their negatives below; in float32 at least, as LAPACK wants."""
+    upper = upper.to(torch.promote_types(upper.dtype, torch.float32))
+    rows, columns = torch.triu_indices(b, b, 1, device=upper.device)
+    half = upper.new_zeros(len(upper), b * b).index_copy(1, rows * b + columns, upper).unflatten(1, (b, b))
+    return half - half.mT
+
+
+def exact(Q: Float[Tensor, "n b b"]) -> Float[Tensor, "n b b"]:
+    """R - I = 2 Q (I - Q)^-1, which takes no difference of near numbers."""
+    eye = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
+    return torch.linalg.solve(eye - Q, 2 * Q, left=False)
+
+
+@torch.no_grad()
+def eigenvectors(Q: Float[Tensor, "n b b"]) -> Params:
+    """Q^2 = -V diag(squares) V^T, so that (I - c^2 Q^2)^-1 is one diagonal for every c."""
+    squares, V = torch.linalg.eigh(Q.mT @ Q)
+    return {"V": V, "squares": squares.clamp_min(0)}
+
+
+def solve(x: Tensor, Q: Tensor, V: Tensor, squares: Tensor, c: Tensor) -> Tensor:
+    """z with z (I - cQ) = x, z = x (I + cQ)(I - c^2 Q^2)^-1, one c per row.
+
+    V is a constant to autograd (eigenvectors of a near-zero Q have no derivative). A Newton step from the detached solution
+    returns the same value, refined, and its exact first derivatives; second derivatives through it are not exact.
+    """
+    still_c, still_Q = c.detach(), Q.detach()
+
+    def inverse(v: Tensor) -> Tensor:
+        v = times(times(v, V) / (1 + still_c.square() * squares), V.mT)
+        return v + still_c * times(v, still_Q)
+
+    z = inverse(x.detach())
+    return z + inverse(x - (z - c * times(z, Q)))
+
+
+def turned(x: Float[Tensor, "*batch n b"], p: Params, c: Tensor) -> Float[Tensor, "*batch n b"]:
+    """x R(c) - x with a c per row, (*batch, 1, 1): 2 z c Q where z (I - cQ) = x. p has Q and its `eigenvectors`."""
+    z = solve(x, p["Q"], p["V"], p["squares"], c)
+    return 2 * c * times(z, p["Q"])
