@@ -26,6 +26,7 @@ from lora_lite.variants import (
     OFTConfig,
     PiSSAConfig,
     ROADConfig,
+    SharedConfig,
     VeRAConfig,
 )
 from lora_lite.version import __version__
@@ -35,7 +36,7 @@ logger.disable("lora_lite")  # a library is silent; `logger.enable("lora_lite")`
 __all__ = [
     "Adapter", "AdapterConfig", "Base", "CheckpointError", "DeLoRAConfig", "DoRAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig",
     "HistoryBake", "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig",
-    "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SharedSubspace", "Target", "TaskProjection",
-    "Variant", "VeRAConfig", "__version__", "adapters", "attach", "disabled", "find_targets", "from_peft", "load", "register",
-    "stack", "to_peft",
+    "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SharedConfig", "SharedSubspace", "Target",
+    "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach", "disabled", "find_targets", "from_peft", "load",
+    "register", "stack", "to_peft",
 ]  # fmt: skip

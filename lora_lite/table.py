@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from lora_lite import variants as _registered  # noqa: F401 the files register themselves
 from lora_lite.variant import REGISTRY, Variant
+from lora_lite.variants.shared import SharedConfig
 
 MARK = "<!-- {name}:{end} -->"
 
@@ -51,10 +52,14 @@ OVERVIEW: Mapping[str, Callable[[type[Variant]], str]] = {
 }
 
 
+# Where the default config means nothing before it has met a subspace, here one of k = 48 directions on each side.
+EXAMPLES = {"shared": SharedConfig(rooms={"layer": (48, 48, 16, 1.0, 0)})}
+
+
 def tensors(v: type[Variant]) -> str:
     """The trained tensors of the default config at a layer of unmistakable sizes, written back as letters."""
-    cfg = v.Config().at("layer", 1152, 2304)
-    letters = {1152: "d_in", 2304: "d_out", getattr(cfg, "r", 0): "r"}
+    cfg = EXAMPLES.get(v.name, v.Config()).at("layer", 1152, 2304)
+    letters = {1152: "d_in", 2304: "d_out", getattr(cfg, "r", 0): "r", 48: "k"}
     trained = {name: spec.shape for name, spec in v.param_specs(1152, 2304, cfg).items() if spec.trainable}
     return ", ".join(
         f"{name.removeprefix('lora_')} ({' x '.join(letters.get(n, str(n)) for n in shape)})" for name, shape in trained.items()

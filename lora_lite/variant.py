@@ -94,6 +94,7 @@ class Variant:
     calibration   "no", "optional" or "required": whether `observe` is fed before `init`
     identity      how near to the base a fresh adapter is
     chooses_directions  whether `observe` leaves out the directions given by `exclude_directions`
+    needs_shared  whether its frozen tensors come from a subspace: `attach(..., shared=sub)`
     linear_in_c   whether one layer's change is c times its change at c = 1
     row_c         whether c may differ between the rows of a batch
     why_not       the reason of each "no" among linear_in_c and row_c
@@ -110,6 +111,7 @@ class Variant:
     calibration: ClassVar[Literal["no", "optional", "required"]] = "no"
     identity: ClassVar[Identity] = BITWISE
     chooses_directions: ClassVar[bool] = False
+    needs_shared: ClassVar[bool] = False
     linear_in_c: ClassVar[bool] = True
     row_c: ClassVar[bool] = True
     why_not: ClassVar[Mapping[str, str]] = {}

@@ -55,6 +55,8 @@ VARIANTS: dict[str, Row] = {
     "oft-neumann": Row(ll.OFTConfig(block_size=8, cayley="neumann")),
     "road": Row(ll.ROADConfig(group_size=4)),
     "road-4": Row(ll.ROADConfig(kind="road_4", group_size=8)),
+    "shared": Row(ll.SharedConfig(train="core")),
+    "shared-factors": Row(ll.SharedConfig(train="factors", r=3)),
 }
 each_variant = pytest.mark.parametrize("row", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -200,7 +202,29 @@ def attach(model: nn.Module, row: Row, **keywords: Any) -> ll.Adapter:
     keywords.setdefault("seed", 0)
     if row.calibrated:
         keywords.setdefault("calibration_data", activations(model, config))
+    if isinstance(config, ll.SharedConfig):
+        keywords.setdefault("shared", subspace(model, config))
     return ll.attach(model, config, **keywords)
+
+
+def subspace(model: nn.Module, config: ll.AdapterConfig) -> ll.SharedSubspace:
+    """Four directions per side of each target, fewer where it has fewer: what three made-up LoRAs share."""
+    layers, where = ll.find_targets(model, config), {f.name: getattr(config, f.name) for f in dataclasses.fields(ll.AdapterConfig)}
+    made = []
+    for seed in range(3):
+        A = {t.name: normal(4, t.d_in, seed=3 * i + seed, dtype=torch.float64) for i, t in enumerate(layers)}
+        B = {t.name: normal(t.d_out, 4, seed=7 * i + seed, dtype=torch.float64) for i, t in enumerate(layers)}
+        tensors = {name: {"lora_A": A[name], "lora_B": B[name]} for name in A}
+        made.append(ll.Adapter(ll.LoRAConfig(**where, r=4), tensors, {t.name: (t.d_in, t.d_out) for t in layers}))
+    return ll.SharedSubspace.from_adapters(made, num_components=4)
+
+
+def resolved(row: Row, target: str, d_in: int, d_out: int) -> Any:
+    """The row's config at one layer, on bases of four directions where it needs some."""
+    if isinstance(row.config, ll.SharedConfig):
+        k = min(4, d_in), min(4, d_out)
+        return dataclasses.replace(row.config, rooms={target: (k[1], k[0], row.config.r, 1.0, 0)})
+    return row.config.at(target, d_in, d_out)
 
 
 def activations(model: nn.Module, config: ll.AdapterConfig, rows: int = 32) -> dict[str, dict[str, Tensor]]:

@@ -213,6 +213,15 @@ def vera(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, t
     return linear(x, W, b) + c * linear(x, wrong_scale * update)
 
 
+def shared(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_side: bool = False) -> Tensor:
+    """On bases B (d_out, k) and A (k, d_in): the core itself, its diagonal, or it as Y^T X; after them the scale of the layer's room."""
+    B, A = t["lora_B"], t["lora_A"]
+    core = {
+        "core": lambda: t["lora_core"], "diag": lambda: torch.diag(t["lora_diag"]), "factors": lambda: t["lora_Y"].T @ t["lora_X"],
+    }[cfg.train]()  # fmt: skip
+    return linear(x, W, b) + c * linear(x, cfg.rooms[target][3] * B @ (core.T if wrong_side else core) @ A)
+
+
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     "lora": lora,
     "pissa": pissa,
@@ -228,6 +237,7 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "vera": vera,
     "oft": oft,
     "road": road,
+    "shared": shared,
 }
 
 

@@ -104,9 +104,11 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "delora": {"lora_lambda": (1,)},
     "miss": {"lora_M": (R, D_OUT)},
     "lora_xs": {"lora_R": (R, R)},
+    "shared": {"lora_core": (R, R)},
     "vera": {"lora_d": (R,), "lora_b": (D_OUT,)},
 }
-FIELDS = {"road": {"kind": "road_2", "group_size": 8}, "oft": {"cayley": "exact"}, "delora": {"init": "paper", "strength": 1.5}}
+FIELDS = {"road": {"kind": "road_2", "group_size": 8}, "oft": {"cayley": "exact"}, "delora": {"init": "paper", "strength": 1.5},
+          "shared": {"train": "core", "rooms": {"": (R, R, R, 0.7, 0)}}}  # fmt: skip
 TURNED = ("oft", "road")  # by an angle c theta: not in a line
 
 

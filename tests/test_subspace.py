@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import generator, mlp
-from subspaces import MODULES, collection_error, family, of, relative_error, squared_error, updates
 from torch import Tensor
 
 import lora_lite as ll
 from lora_lite.lowrank import LowRank
 from lora_lite.subspace import SharedSubspace
 from lora_lite.subspace.frame import gram, outside, principal
+from tests.models import generator, mlp
+from tests.subspaces import MODULES, collection_error, family, of, relative_error, squared_error, updates
 
 pytestmark = pytest.mark.fast
 

@@ -79,6 +79,8 @@ def config_of(variant: str, given: dict[str, Any], more: list[str]) -> ll.Adapte
     """The variant's config. Raises UserError: an unknown variant or field, or a value that cannot be meant."""
     if variant not in ll.REGISTRY:
         raise UserError(f"--variant {variant}: there is none of that name; there are {', '.join(sorted(ll.REGISTRY))}")
+    if ll.REGISTRY[variant].needs_shared:
+        raise UserError(f"--variant {variant} trains on the bases of a subspace, which the demo has not: see lora-lite subspace --help")
     kind = ll.REGISTRY[variant].Config
     fields = {f.name for f in dataclasses.fields(kind)}
     values = {k: v for k, v in given.items() if v is not None} | dict(map(assignment, more))

@@ -11,6 +11,7 @@ from loguru import logger
 from torch import Tensor
 
 from lora_lite.config import AdapterConfig
+from lora_lite.subspace.bases import joined
 from lora_lite.subspace.coefficients import Kind, Parts, as_cores, encode, flat_a, flat_b
 from lora_lite.subspace.frame import Frame, principal
 from lora_lite.subspace.source import Source, Update, lora_config, same_sizes
@@ -121,6 +122,9 @@ def shared_modules(sources: Sequence[Source], missing: Missing) -> list[str]:
 
 def build(sources: Sequence[Source], kind: Kind, policy: Policy, missing: Missing, dtype: torch.dtype | None) -> State:
     modules = shared_modules(sources, missing)
+    base = None
+    for s in sources:
+        base = joined(base, s.base, s.task)
     layers: dict[str, Layer] = {}
     first = policy if policy.budget_bytes is None else dataclasses.replace(policy, variance_threshold=1.0, num_components=None)
     for module in modules:
@@ -131,7 +135,7 @@ def build(sources: Sequence[Source], kind: Kind, policy: Policy, missing: Missin
         held = dtype or precise(updates)
         layers[module] = build_layer(kind, first, [s.task for s in having], updates, held)
         del updates  # before the next layer's are read
-    state = State("flat" if kind == "flat" else "feature", kind, missing, policy, layers)
+    state = State("flat" if kind == "flat" else "feature", kind, missing, policy, layers, base=base)
     state = state if policy.budget_bytes is None else within_budget(state, policy.budget_bytes)
     return dataclasses.replace(state, configs={s.task: config_of(state, s.task, s.base_config) for s in sources})
 

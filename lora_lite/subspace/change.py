@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_lite.subspace.bases import joined
 from lora_lite.subspace.build import build_layer, by_policy, config_of, error, precise, size, weighted
 from lora_lite.subspace.coefficients import Kind, Parts, as_cores, encode, flat_a, flat_b, mapped
 from lora_lite.subspace.frame import Frame, outside, upright
@@ -55,13 +56,15 @@ def absorb(state: State, source: Source) -> State:
 
 
 def admitted(state: State, source: Source) -> State:
-    return dataclasses.replace(state, configs={**state.configs, source.task: config_of(state, source.task, source.base_config)})
+    configs = {**state.configs, source.task: config_of(state, source.task, source.base_config)}
+    return dataclasses.replace(state, configs=configs, base=joined(state.base, source.base, source.task))
 
 
 def read_all(state: State, source: Source, new: bool = True) -> dict[str, Update]:
     """The source's updates for the layers of the state, all checked before anything is computed."""
     if source.task in state.configs:
         raise ValueError(f"a task {source.task!r} is there already; remove_task it first, or give another id")
+    joined(state.base, source.base, source.task)
     has = set(source.modules)
     absent, extra = [m for m in state.layers if m not in has], [m for m in source.modules if m not in state.layers]
     if absent and state.missing != "zero":

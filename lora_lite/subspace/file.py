@@ -94,7 +94,7 @@ def described(state: State) -> dict[str, Any]:
         layers.append({"name": name, "d_in": x.d_in, "d_out": x.d_out, "having": lists.setdefault(having, len(lists)), "shapes": shapes(x)})
     policy = {k: getattr(state.policy, k) for k in ("variance_threshold", "num_components", "budget_bytes")}
     return {
-        "space": state.space, "kind": state.kind, "missing": state.missing, "bits": state.bits, "policy": policy,
+        "space": state.space, "kind": state.kind, "missing": state.missing, "bits": state.bits, "policy": policy, "base": state.base,
         "tasks": tasks, "config_of": own, "configs": [json.loads(c) for c in configs],
         "having": [{"tasks": t, "ranks": r, "scales": s} for t, r, s in lists], "layers": layers,
     }  # fmt: skip
@@ -153,7 +153,10 @@ def restored(said: dict[str, Any], flat: dict[str, Tensor]) -> State:
     if left or len(layers) < len(said["layers"]):
         raise ValueError(f"tensors that no layer has: {sorted(left)[:5]}")
     by_task = {t: configs[c] for t, c in zip(tasks, said["config_of"], strict=True)}
-    return State(said["space"], kind, said["missing"], Policy(**said["policy"]), layers, by_task, said["bits"])
+    base = said.get("base")
+    if base is not None and not isinstance(base["targets"], dict):
+        raise ValueError("the fingerprint of its base has no layers")
+    return State(said["space"], kind, said["missing"], Policy(**said["policy"]), layers, by_task, said["bits"], base)
 
 
 def layer_from(i: int, x: dict[str, Any], said: dict[str, Any], tasks: list[str], kind: Kind, flat: dict[str, Tensor]) -> Layer:

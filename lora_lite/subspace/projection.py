@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from lora_lite.config import AdapterConfig
+from lora_lite.subspace.bases import joined
 from lora_lite.subspace.build import config_of, error, size
 from lora_lite.subspace.change import read_all
 from lora_lite.subspace.coefficients import Kind, Parts, encode
@@ -40,6 +42,7 @@ class TaskProjection:
     kind: Kind
     layers: Mapping[str, Caught]
     config: AdapterConfig
+    base: Mapping[str, Any] | None = None
 
     @property
     def coverage(self) -> float:
@@ -75,7 +78,7 @@ def project(state: State, source: Source, task_id: str) -> TaskProjection:
         energy = size(state.kind, u)
         off = error(state.kind, layer.b, layer.a, u, parts, energy)
         caught[m] = Caught(parts, u.rank, u.scale, float(energy), float(off), (layer.b.components, layer.a.components))
-    return TaskProjection(task_id, state.kind, caught, source.base_config)
+    return TaskProjection(task_id, state.kind, caught, source.base_config, source.base)
 
 
 def same_bases(c: Caught, layer: Layer) -> bool:
@@ -95,4 +98,5 @@ def added(state: State, p: TaskProjection) -> State:
     for m, c in p.layers.items():
         layers[m] = layers[m].joined(p.kind, p.task_id, c.rank, c.scale, c.parts, c.energy, c.error)
     state = dataclasses.replace(state, layers=layers)
-    return dataclasses.replace(state, configs={**state.configs, p.task_id: config_of(state, p.task_id, p.config)})
+    configs = {**state.configs, p.task_id: config_of(state, p.task_id, p.config)}
+    return dataclasses.replace(state, configs=configs, base=joined(state.base, p.base, p.task_id))

@@ -70,7 +70,7 @@ def trainable(state: State, task_id: str, num_expand: int, seed: int) -> Trainab
     return Trainable(state.kind, task_id, places, values)
 
 
-def expanded(frame: Frame, q: int, generator: torch.Generator) -> Frame:
+def expanded(frame: Frame, q: int, generator: torch.Generator | None) -> Frame:
     """Random directions behind the basis, orthogonal to it and to each other; fewer where the side has no room."""
     if not q:
         return frame

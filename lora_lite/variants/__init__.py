@@ -11,6 +11,7 @@ from lora_lite.variants.miss import MiSSConfig
 from lora_lite.variants.oft import OFTConfig
 from lora_lite.variants.pissa import PiSSAConfig
 from lora_lite.variants.road import ROADConfig
+from lora_lite.variants.shared import SharedConfig
 from lora_lite.variants.vera import VeRAConfig
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "OFTConfig",
     "PiSSAConfig",
     "ROADConfig",
+    "SharedConfig",
     "VeRAConfig",
 ]
