@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from loguru import logger
@@ -12,40 +12,42 @@ from torch import Tensor
 
 from lora_lite.config import AdapterConfig
 from lora_lite.subspace.bases import joined
-from lora_lite.subspace.coefficients import Kind, Parts, as_cores, encode, flat_a, flat_b
-from lora_lite.subspace.frame import Frame, principal
+from lora_lite.subspace.block import Block, blocks
+from lora_lite.subspace.coefficients import Kind, Parts, encode, flat_a, flat_b
+from lora_lite.subspace.frame import Choose, Frame, leading
+from lora_lite.subspace.packed import wide
 from lora_lite.subspace.source import Source, Update, lora_config, same_sizes
 from lora_lite.subspace.state import Layer, Missing, Policy, State
 from lora_lite.variants.lora import LoRAConfig
 
 
-def weighted(update: Update) -> tuple[Tensor, Tensor]:
-    """(Xb, Xa) in float64 with Xb Xb^T = dW dW^T and Xa Xa^T = dW^T dW: the update seen from each side, in no gauge."""
-    A, B = update.A.double(), update.B.double()
-    Ra, Rb = torch.linalg.qr(A.T, mode="r").R, torch.linalg.qr(B, mode="r").R
-    return update.scale * (B @ Ra.T), update.scale * (A.T @ Rb.T)
+def data(kind: Kind, together: Sequence[Block], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows whose leading directions are the basis, for each side."""
+    first = together[0]
+    if kind == "flat":
+        sizes = [sum(len(x.scale) for x in together)] * 2
+        widths = max(x.B[0].numel() for x in together), max(x.A[0].numel() for x in together)
+    else:
+        sizes, widths = [sum(len(x.scale) * x.r for x in together)] * 2, (first.B.shape[1], first.A.shape[2])
+    filled = [torch.empty(n, width, dtype=dtype, device=first.A.device) for n, width in zip(sizes, widths, strict=True)]
+    at = 0
+    for x in together:
+        sides = (flat_b(x.B, widths[0]), flat_a(x.A, widths[1])) if kind == "flat" else x.weighted(dtype)
+        for rows, own in zip(filled, sides, strict=True):
+            rows[at : at + len(own)] = own
+        at += len(sides[0])
+    return filled[0], filled[1]
 
 
-def data(kind: Kind, updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
-    """The columns whose leading directions are the basis, for each side."""
-    if kind != "flat":
-        sides = [weighted(u) for u in updates]
-        return torch.cat([b for b, _ in sides], dim=1), torch.cat([a for _, a in sides], dim=1)
-    wide_b, wide_a = max(u.B.numel() for u in updates), max(u.A.numel() for u in updates)
-    Xb, Xa = [flat_b(u.B, wide_b).double() for u in updates], [flat_a(u.A, wide_a).double() for u in updates]
-    return torch.stack(Xb, dim=1), torch.stack(Xa, dim=1)
-
-
-def by_policy(kind: Kind, policy: Policy, total: float | None = None) -> Callable[[Tensor], int]:
+def by_policy(kind: Kind, policy: Policy) -> Choose:
     """How many directions a side keeps, from its spectrum. A layer's explained variance is lost on both sides, so each side
     leaves out at most half of what may be left out."""
 
-    def choose(spectrum: Tensor) -> int:
+    def choose(spectrum: Tensor, total: float) -> int:
         if policy.num_components is not None:
             return min(policy.num_components, len(spectrum))
         share = policy.variance_threshold if kind == "flat" else (1 + policy.variance_threshold) / 2
-        whole = float(spectrum.sum()) if total is None else total
-        enough = spectrum.cumsum(0) >= share * whole * (1 - 1e-12)
+        enough = spectrum.cumsum(0) >= share * total * (1 - 1e-12)
         return min(int((~enough).sum()) + 1, len(spectrum))
 
     return choose
@@ -53,50 +55,27 @@ def by_policy(kind: Kind, policy: Policy, total: float | None = None) -> Callabl
 
 def build_layer(kind: Kind, policy: Policy, tasks: Sequence[str], updates: Sequence[Update], dtype: torch.dtype) -> Layer:
     d_in, d_out = updates[0].sizes
-    Xb, Xa = data(kind, updates)
-    frames = [side(kind, policy, X, dtype) for X in (Xb, Xa)]
+    together = list(blocks(updates))
+    frames = [side(kind, policy, X, dtype) for X in data(kind, together, precise(updates))]
     if kind == "diag":  # direction j of one side belongs to direction j of the other
         k = min(f.k for f in frames)
         frames = [f.cut(k) for f in frames]
     b, a = frames
-    coded = [tuple(p.to(dtype) for p in encode(kind, b, a, u.A, u.B)) for u in updates]
-    parts = tuple(torch.cat(column) for column in zip(*coded, strict=True))
-    energy = torch.stack([size(kind, u) for u in updates])
-    lost = torch.stack([error(kind, b, a, u, p, e) for u, p, e in zip(updates, coded, energy, strict=True)])
+    wide_b, wide_a = (dataclasses.replace(f, components=wide(f.components)) for f in frames)  # once for all
+    coded = [encode(kind, wide_b, wide_a, x, dtype) for x in together]
+    parts = tuple(torch.cat(column) for column in zip(*(c.parts for c in coded), strict=True))
+    energy = torch.cat([c.energy for c in coded])
+    lost = torch.cat([c.error for c in coded])
     ranks, scales = tuple(u.rank for u in updates), tuple(u.scale for u in updates)
     return Layer(d_in, d_out, b, a, tuple(tasks), ranks, scales, parts, energy.float(), lost.float())
 
 
 def side(kind: Kind, policy: Policy, X: Tensor, dtype: torch.dtype) -> Frame:
-    mean = X.mean(1) if kind == "flat" else None
-    U, energy, _ = principal(X if mean is None else X - mean[:, None], by_policy(kind, policy))
+    mean = X.mean(0) if kind == "flat" else None
+    if mean is not None:
+        X -= mean  # ours: `data` has made it
+    U, energy = leading(X, by_policy(kind, policy), policy.num_components)
     return Frame(U.to(dtype), None if mean is None else mean.to(dtype), energy.float())
-
-
-def size(kind: Kind, u: Update) -> Tensor:
-    """An update's squared size: that of dW, without forming it; in "flat" that of its factors."""
-    A, B = u.A.double(), u.B.double()
-    if kind == "flat":
-        return A.square().sum() + B.square().sum()
-    return u.scale**2 * ((B.T @ B) * (A @ A.T)).sum()
-
-
-def error(kind: Kind, b: Frame, a: Frame, u: Update, parts: Parts, energy: Tensor) -> Tensor:
-    """The squared error of these coefficients on these bases, whatever they are: |dW|^2 - 2 <dW, kept> + |kept|^2."""
-    if kind == "flat":
-        off_b, off_a = flat_b(u.B, b.d).double() - flat_vector(b, parts[0]), flat_a(u.A, a.d).double() - flat_vector(a, parts[1])
-        return off_b.square().sum() + off_a.square().sum()
-    core = as_cores(kind, parts, [u.rank])[0]
-    kb, ka = core.shape  # a diagonal may be smaller than its bases
-    seen = b.along(u.B)[:kb] @ a.along(u.A.T)[:ka].T
-    kept = b.metric[:kb, :kb] @ core @ a.metric[:ka, :ka]
-    return (energy + u.scale**2 * ((kept - 2 * seen) * core).sum()).clamp(min=0)
-
-
-def flat_vector(frame: Frame, loading: Tensor) -> Tensor:
-    mean = frame.centre()
-    assert mean is not None
-    return mean.double() + loading[0].double() @ frame.basis().double()
 
 
 def shared_modules(sources: Sequence[Source], missing: Missing) -> list[str]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from lora_lite.subspace.bases import joined
-from lora_lite.subspace.build import build_layer, by_policy, config_of, error, precise, size, weighted
+from lora_lite.subspace.block import Block, block
+from lora_lite.subspace.build import build_layer, by_policy, config_of, precise
 from lora_lite.subspace.coefficients import Kind, Parts, as_cores, encode, flat_a, flat_b, mapped
-from lora_lite.subspace.frame import Frame, outside, upright
+from lora_lite.subspace.frame import Choose, Frame, outside, upright
 from lora_lite.subspace.packed import Packed, Stored, dense, wide
 from lora_lite.subspace.source import Source, Update, same_sizes
 from lora_lite.subspace.state import Layer, State
@@ -93,30 +94,30 @@ def read_all(state: State, source: Source, new: bool = True) -> dict[str, Update
 
 def absorbed(state: State, layer: Layer, task: str, update: Update) -> Layer:
     kind = state.kind
-    grown_b, grown_a = grown(kind, layer, update)
+    brought = block([update])
+    grown_b, grown_a = grown(kind, layer, brought)
     carried = carry(kind, layer, grown_b, grown_a)
     b, a = (Frame(g.components, g.mean, torch.empty(0)) for g in (grown_b, grown_a))
-    own = encode(kind, b, a, update.A, update.B)
-    parts = tuple(torch.cat([old, new]) for old, new in zip(carried, own, strict=True))
-    energy = torch.cat([layer.energy.double(), size(kind, update)[None].to(layer.energy.device)])
-    entry = error(kind, b, a, update, own, energy[-1])  # zero but for rounding: its directions are all there
-    lost = torch.cat([layer.lost.double(), entry[None]])
+    own = encode(kind, b, a, brought)
+    parts = tuple(torch.cat([old, new]) for old, new in zip(carried, own.parts, strict=True))
+    energy = torch.cat([layer.energy.double(), own.energy])
+    lost = torch.cat([layer.lost.double(), own.error])  # the new one's is zero but for rounding: its directions are all there
     whole = dataclasses.replace(
         layer, tasks=(*layer.tasks, task), ranks=(*layer.ranks, update.rank), scales=(*layer.scales, update.scale), energy=energy.float()
     )
     return truncated(state, whole, (grown_b, grown_a), parts, lost)
 
 
-def grown(kind: Kind, layer: Layer, update: Update) -> tuple[Grown, Grown]:
+def grown(kind: Kind, layer: Layer, new: Block) -> tuple[Grown, Grown]:
     """Both sides with the update's directions added: residual QR."""
     if kind != "flat":
-        Xb, Xa = weighted(update)
-        return grow(layer.b, Xb), grow(layer.a, Xa)
+        Xb, Xa = new.weighted(torch.float64)
+        return grow(layer.b, Xb.T), grow(layer.a, Xa.T)
     n = len(layer.tasks)
-    wide_b, wide_a = widened(layer.b, update.B.numel()), widened(layer.a, update.A.numel())
+    wide_b, wide_a = widened(layer.b, new.B.numel()), widened(layer.a, new.A.numel())
     return (
-        grow_centred(wide_b, flat_b(update.B, wide_b.d).double(), n),
-        grow_centred(wide_a, flat_a(update.A, wide_a.d).double(), n),
+        grow_centred(wide_b, flat_b(new.B, wide_b.d)[0].double(), n),
+        grow_centred(wide_a, flat_a(new.A, wide_a.d)[0].double(), n),
     )
 
 
@@ -169,7 +170,7 @@ def carry(kind: Kind, layer: Layer, b: Grown, a: Grown) -> Parts:
 def truncated(state: State, layer: Layer, sides: tuple[Grown, Grown], parts: Parts, lost: Tensor) -> Layer:
     """Onto the leading directions of all tasks together; what each task loses is added to its bound."""
     kind, dtype = state.kind, layer.b.basis().dtype
-    turned = [leading(g.scatter, by_policy(kind, state.policy, explained_of(kind, layer, g))) for g in sides]
+    turned = [strongest(g.scatter, by_policy(kind, state.policy), explained_of(kind, layer)) for g in sides]
     (Rb, energy_b), (Ra, energy_a) = turned
     kept = mapped(kind, parts, Rb, Ra)
     gone = (layer.measure(kind, parts) - layer.measure(kind, kept)).clamp(min=0)
@@ -181,16 +182,16 @@ def truncated(state: State, layer: Layer, sides: tuple[Grown, Grown], parts: Par
     return dataclasses.replace(layer, b=b, a=a, parts=tuple(p.to(dtype) for p in kept), lost=bound.float())
 
 
-def explained_of(kind: Kind, layer: Layer, side: Grown) -> float | None:
+def explained_of(kind: Kind, layer: Layer) -> float | None:
     """What a threshold is a share of: all that was ever given, not only what is still there."""
     return float(layer.energy.double().sum()) if kind != "flat" else None
 
 
-def leading(scatter: Tensor, choose: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+def strongest(scatter: Tensor, choose: Choose, total: float | None) -> tuple[Tensor, Tensor]:
     """(R (k + q, k'), energies (k',)): the rotation onto the strongest directions."""
     values, vectors = torch.linalg.eigh(scatter)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    k = choose(values)
+    k = choose(values, float(values.sum()) if total is None else total)
     return vectors[:, :k], values[:k]
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lora_lite.adapter import Adapter
 from lora_lite.lowrank import LowRank
-from lora_lite.subspace.build import weighted
+from lora_lite.subspace.block import block, blocks
+from lora_lite.subspace.build import data
 from lora_lite.subspace.coefficients import encode
-from lora_lite.subspace.frame import Frame, principal
+from lora_lite.subspace.frame import Frame, leading
 from lora_lite.subspace.packed import Packed
 from lora_lite.subspace.source import AdapterSource, Update
 from lora_lite.subspace.state import Layer, State
@@ -92,16 +93,15 @@ def verdict(layer: Layer, updates: Sequence[Update], originals: bool, generator:
 
 
 def bases(updates: Sequence[Update], kb: int, ka: int) -> tuple[Frame, Frame]:
-    sides = [weighted(u) for u in updates]
     found = []
-    for i, k in ((0, kb), (1, ka)):
-        U, energy, _ = principal(torch.cat([s[i] for s in sides], dim=1), lambda spectrum, k=k: min(k, len(spectrum)))
+    for X, k in zip(data("core", list(blocks(updates)), torch.float64), (kb, ka), strict=True):
+        U, energy = leading(X, lambda spectrum, total, k=k: min(k, len(spectrum)), k)
         found.append(Frame(U, None, energy))
     return found[0], found[1]
 
 
 def core(b: Frame, a: Frame, u: Update) -> Tensor:
-    return u.scale * encode("core", b, a, u.A, u.B)[0][0]
+    return u.scale * encode("core", b, a, block([u])).parts[0][0]
 
 
 def energy(u: Update) -> float:

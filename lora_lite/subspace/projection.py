@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_lite.config import AdapterConfig
 from lora_lite.subspace.bases import joined
-from lora_lite.subspace.build import config_of, error, size
+from lora_lite.subspace.block import block
+from lora_lite.subspace.build import config_of
 from lora_lite.subspace.change import read_all
 from lora_lite.subspace.coefficients import Kind, Parts, encode
 from lora_lite.subspace.packed import Stored
@@ -72,12 +74,10 @@ def project(state: State, source: Source, task_id: str) -> TaskProjection:
     caught = {}
     for m, u in updates.items():
         layer = state.layers[m]
-        parts = encode(state.kind, layer.b, layer.a, u.A, u.B)
-        if state.bits is None:
-            parts = tuple(p.to(layer.b.basis().dtype) for p in parts)
-        energy = size(state.kind, u)
-        off = error(state.kind, layer.b, layer.a, u, parts, energy)
-        caught[m] = Caught(parts, u.rank, u.scale, float(energy), float(off), (layer.b.components, layer.a.components))
+        alone = block([u])
+        coded = encode(state.kind, layer.b, layer.a, alone, torch.float64 if state.bits is not None else layer.b.basis().dtype)
+        bases = (layer.b.components, layer.a.components)
+        caught[m] = Caught(coded.parts, u.rank, u.scale, float(coded.energy), float(coded.error), bases)
     return TaskProjection(task_id, state.kind, caught, source.base_config, source.base)
 
 

@@ -243,12 +243,17 @@ def checked(task: str, module: str, update: Update) -> Update:
     A, B = update.A, update.B
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.numel() or not B.numel():
         raise ValueError(f"adapter {task!r}, module {module!r}: A {tuple(A.shape)} and B {tuple(B.shape)} are not (r, d_in) and (d_out, r)")
-    bad = [name for name, v in (("A", A), ("B", B)) if not bool(torch.isfinite(v).all())]
+    bad = [name for name, v in (("A", A), ("B", B)) if not finite(v)]
     if bad or not math.isfinite(update.scale):
         raise ValueError(
             f"adapter {task!r}, module {module!r}: {' and '.join(bad) or 'alpha'} holds NaN or infinite values; nothing was changed"
         )
     return update
+
+
+def finite(v: Tensor) -> bool:
+    """A sum is finite only where all is; where it is not, it may have overflowed, and all is looked at (five times as long)."""
+    return math.isfinite(float(v.sum(dtype=torch.promote_types(v.dtype, torch.float32)))) or bool(torch.isfinite(v).all())
 
 
 def same_sizes(task: str, module: str, update: Update, sizes: tuple[int, int], others: str) -> Update:
