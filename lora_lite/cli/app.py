@@ -15,9 +15,11 @@ from loguru import logger
 from tqdm import tqdm
 
 import lora_lite as ll
+from lora_lite.cli import subspace
 from lora_lite.cli.errors import UserError, asked_by_user
 
 app = typer.Typer(name="lora-lite", no_args_is_help=True, add_completion=False, help="Adapters with a dial, on unmodified models.")
+app.add_typer(subspace.app)
 GIVEN_OR = {"r": 8, "alpha": 16.0}  # for variants that have them
 
 

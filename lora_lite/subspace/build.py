@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from loguru import logger
@@ -99,7 +99,12 @@ def shared_modules(sources: Sequence[Source], missing: Missing) -> list[str]:
     return common
 
 
-def build(sources: Sequence[Source], kind: Kind, policy: Policy, missing: Missing, dtype: torch.dtype | None) -> State:
+Progress = Callable[[int, int], None]  # (layers done, of how many)
+
+
+def build(
+    sources: Sequence[Source], kind: Kind, policy: Policy, missing: Missing, dtype: torch.dtype | None, progress: Progress | None = None
+) -> State:
     modules = shared_modules(sources, missing)
     base = None
     for s in sources:
@@ -114,6 +119,8 @@ def build(sources: Sequence[Source], kind: Kind, policy: Policy, missing: Missin
         held = dtype or precise(updates)
         layers[module] = build_layer(kind, first, [s.task for s in having], updates, held)
         del updates  # before the next layer's are read
+        if progress is not None:
+            progress(len(layers), len(modules))
     state = State("flat" if kind == "flat" else "feature", kind, missing, policy, layers, base=base)
     state = state if policy.budget_bytes is None else within_budget(state, policy.budget_bytes)
     return dataclasses.replace(state, configs={s.task: config_of(state, s.task, s.base_config) for s in sources})

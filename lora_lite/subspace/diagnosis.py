@@ -11,11 +11,11 @@ from torch import Tensor
 from lora_lite.adapter import Adapter
 from lora_lite.lowrank import LowRank
 from lora_lite.subspace.block import block, blocks
-from lora_lite.subspace.build import data
+from lora_lite.subspace.build import Progress, data
 from lora_lite.subspace.coefficients import encode
 from lora_lite.subspace.frame import Frame, leading
 from lora_lite.subspace.packed import Packed
-from lora_lite.subspace.source import AdapterSource, Update
+from lora_lite.subspace.source import PathLike, Update, source_of
 from lora_lite.subspace.state import Layer, State
 
 SAMPLED = 8  # tasks left out in turn: each costs a basis of all the others
@@ -57,15 +57,19 @@ class Verdict:
         return f"{first}; the cheapest at this error is {best}"
 
 
-def diagnose(state: State, adapters: Mapping[str, Adapter] | None, seed: int) -> dict[str, Verdict]:
+def diagnose(
+    state: State, adapters: Mapping[str, Adapter | PathLike] | None, seed: int, progress: Progress | None = None
+) -> dict[str, Verdict]:
     if state.space == "flat":
         raise ValueError('diagnose() measures directions of dW, which space="flat" does not keep; build with space="feature"')
     if adapters is not None and set(adapters) != set(state.configs):
         raise ValueError(f"diagnose() needs the adapters of {list(state.configs)[:5]}, got {list(adapters)[:5]}")
-    sources = None if adapters is None else {t: AdapterSource(t, a) for t, a in adapters.items()}
+    sources = None if adapters is None else {t: source_of(t, a) for t, a in adapters.items()}
     generator = torch.Generator().manual_seed(seed)
     found = {}
-    for m, layer in state.layers.items():
+    for done, (m, layer) in enumerate(state.layers.items(), 1):
+        if progress is not None:
+            progress(done, len(state.layers))
         if len(layer.tasks) < 2:
             continue
         updates = [as_update(layer.update(state.kind, t)) if sources is None else sources[t].read(m) for t in layer.tasks]

@@ -16,7 +16,7 @@ from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
 from lora_lite.subspace import change, diagnosis, file, live, training
 from lora_lite.subspace.bases import restricted
-from lora_lite.subspace.build import build
+from lora_lite.subspace.build import Progress, build
 from lora_lite.subspace.coefficients import FEATURE_KINDS
 from lora_lite.subspace.projection import TaskProjection, added, project
 from lora_lite.subspace.source import PathLike, source_of
@@ -92,17 +92,18 @@ class SharedSubspace:
         budget_bytes: int | None = None,
         missing: Missing = "error",
         dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
     ) -> SharedSubspace:
         """The same from files of `adapter.save` and PEFT folders, one layer of all of them in memory at a time: the same numbers.
 
         Ids are the names of the folders, of the files without ending, or of the files' folders where those repeat, unless given.
-        num_components=None leaves k to the threshold or the budget.
+        num_components=None leaves k to the threshold or the budget. progress(done, of) is called after each layer.
         """
         ids = task_names(task_ids, file_names(paths))
         fixed = None if budget_bytes is not None else num_components
         policy = checked_policy(space, coefficients, variance_threshold, fixed, adaptive_k, budget_bytes)
         sources = [source_of(t, p) for t, p in zip(ids, paths, strict=True)]
-        return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype))
+        return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype, progress))
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -157,10 +158,12 @@ class SharedSubspace:
             "num_layers": len(layers),
         }
 
-    def diagnose(self, adapters: Mapping[str, Adapter] | None = None, seed: int = 0) -> dict[str, diagnosis.Verdict]:
+    def diagnose(
+        self, adapters: Mapping[str, Adapter | PathLike] | None = None, seed: int = 0, progress: Progress | None = None
+    ) -> dict[str, diagnosis.Verdict]:
         """By layer: does this collection share anything? See `lora_lite.subspace.diagnosis`. Give the adapters by task id for
         figures of the originals; without them it can only speak of what was kept."""
-        return diagnosis.diagnose(self._state, adapters, seed)
+        return diagnosis.diagnose(self._state, adapters, seed, progress)
 
     def __repr__(self) -> str:
         state = self._state
