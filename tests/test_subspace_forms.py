@@ -329,7 +329,7 @@ def test_integers_are_smaller_in_memory_and_on_disk(form: dict[str, Any], bits: 
     assert min(factors) >= least
     for t, was in exact.items():
         for m, w in updates(sub.reconstruct(t)).items():
-            assert torch.dist(w, was[m]) < (0.02 if bits == 8 else 0.3) * was[m].norm()
+            assert torch.dist(w, was[m]) < (0.02 if bits == 8 else 0.22) * was[m].norm()
     assert snapshot(SharedSubspace.load(tmp_path / "packed")) == snapshot(sub)
 
 
@@ -352,8 +352,8 @@ def test_coefficients_are_fitted_again_to_the_quantised_basis():
     sub = big()
     exact = {t: updates(sub.reconstruct(t))[MODULES[0]] for t in sub.tasks}
     layer = sub.state.layers[MODULES[0]]
-    U, V = (Packed.of(f.basis(), 4, 128).dense().double() for f in (layer.b, layer.a))
-    C = Packed.of(layer.all_parts()[0], 4, 64).dense().double()
+    U, V = (Packed.of(f.basis(), 4, 64).dense().double() for f in (layer.b, layer.a))
+    C = Packed.of(layer.all_parts()[0], 4, 32).dense().double()
     naive = sum(float((U.T @ C[i] @ V * layer.scales[i] - exact[t]).square().sum()) for i, t in enumerate(sub.tasks))
     sub.quantize(4)
     refitted = sum(float((updates(sub.reconstruct(t))[MODULES[0]] - exact[t]).square().sum()) for t in sub.tasks)
@@ -375,15 +375,24 @@ def test_a_quantised_subspace_takes_tasks_and_gives_them_back():
     assert all(torch.dist(U @ U.T, torch.eye(len(U))) < 1e-5 for U in sub.components[MODULES[0]])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_packing_is_as_exact_as_its_levels(bits: int):
+def test_packing_is_as_exact_as_its_levels():
     x = torch.randn(5, 131, generator=generator(0)) * torch.logspace(-12, 3, 5)[:, None]
     x[3, :64] = 0
-    packed = Packed.of(x, bits, 64)
+    packed = Packed.of(x, 8, 64)
     step = packed.scales.float().repeat_interleave(64, 1)[:, :131]
     assert bool(((packed.dense() - x).abs() <= 0.5001 * step).all()) and torch.equal(packed.dense()[3, :64], x[3, :64])
-    assert bool((step <= x.abs().max() / (127 if bits == 8 else 7) * 1.02).all())
-    assert packed.nbytes == 5 * (131 if bits == 8 else 66) + 5 * 3 * 2
+    assert bool((step <= x.abs().max() / 127 * 1.02).all())
+    assert packed.nbytes == 5 * 131 + 5 * 3 * 2
+
+
+def test_four_bits_are_nearer_than_with_the_largest_number_as_scale():
+    x = torch.randn(40, 128, generator=generator(0)) * torch.logspace(-12, 3, 40)[:, None]
+    groups = x.reshape(40, 4, 32)
+    steps = groups.abs().amax(2, keepdim=True) / 7
+    plain = ((groups / steps).round() * steps - groups).square().sum((1, 2))
+    packed = Packed.of(x, 4, 32)
+    off = (packed.dense() - x).square().sum(1)
+    assert bool((off < plain).all() and off.sum() < 0.95 * plain.sum()) and packed.nbytes == 40 * (64 + 4 * 2)
 
 
 # --- 8: errors leave no trace --------------------------------------------------------------------------------------------------
@@ -661,8 +670,7 @@ def test_exported_to_peft_it_does_the_same(dtype: torch.dtype, rslora: bool, tmp
     ll.to_peft(adapter, tmp_path / "folder")
     adapter.detach()
     exported = PeftModel.from_pretrained(llama(), tmp_path / "folder")(ids).logits
-    tolerance = 1e-5 if dtype is torch.float32 else 1e-2  # a 16-bit adapter's own forward rounds to 16 bits
-    assert float((exported - want).abs().max()) < tolerance * float(want.abs().max())
+    assert float((exported - want).abs().max()) < 1e-5 * float(want.abs().max())  # of 16 bits too: a float32 base reads them exactly
     assert float((want - plain).abs().max()) > 0.05 * float(want.abs().max())
 
 

@@ -121,17 +121,18 @@ def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int) -> tuple[Tensor, Ten
     while len(K) <= min(n, d) // 4:
         new = (X @ K[-block:].T).T @ X
         mapped = torch.cat([mapped, new])
-        H = (K @ mapped.T).double()
-        values, vectors = torch.linalg.eigh((H + H.T) / 2)
-        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-        wanted = choose(values, total)
-        now = float(values[:wanted].sum())
-        if wanted <= len(values) - block and now - caught <= SETTLED * now:
-            weak = bool(wanted) and float(values[wanted - 1]) < WEAK * float(values[0])
-            return None if weak else (orthonormal(vectors[:, :wanted].T @ K.double()), values[:wanted])
-        caught = now
+        if len(mapped) >= 2 * block:  # with one there is nothing to compare with
+            H = (K @ mapped.T).double()
+            values, vectors = torch.linalg.eigh((H + H.T) / 2)
+            values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+            wanted = choose(values, total)
+            now = float(values[:wanted].sum())
+            if wanted <= len(values) - block and now - caught <= SETTLED * now:
+                weak = bool(wanted) and float(values[wanted - 1]) < WEAK * float(values[0])
+                return None if weak else (orthonormal(vectors[:, :wanted].T @ K.double()), values[:wanted])
+            caught = now
         for _ in range(2):
-            new = torch.linalg.qr((new - (new @ K.T) @ K).T).Q.T
+            new = orthonormal(new - (new @ K.T) @ K)
         K = torch.cat([K, new])
     return None
 

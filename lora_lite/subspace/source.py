@@ -69,7 +69,7 @@ class Source(Protocol):
     @property
     def base(self) -> dict[str, Any] | None: ...
     def read(self, module: str) -> Update:
-        """The module's update. Raises ValueError naming task and module for values or shapes that cannot be."""
+        """The module's update. Raises ValueError naming task and module for shapes that cannot be; values: `check_finite`."""
         ...
 
 
@@ -96,17 +96,27 @@ class AdapterSource:
 
 
 class TensorsOf(Mapping[str, Tensor]):
-    """A safetensors file's tensors by key, each read when it is asked for and not kept."""
+    """A safetensors file's tensors by key, each read when it is asked for and not kept; within `with self:` from one open file.
+    Not open for good: a thousand adapters would be a thousand files."""
 
     def __init__(self, path: Path, names: list[str]) -> None:
-        self.path, self.names = path, names
+        self.path, self.names, self.file = path, names, None
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __enter__(self) -> TensorsOf:
         try:
-            with safe_open(self.path, framework="pt") as file:
-                return file.get_tensor(name)
+            self.file = safe_open(self.path, framework="pt").__enter__()
         except Exception as error:  # SafetensorError: cut short, overlapping ranges
             raise CheckpointError(f"{self.path} is damaged or cut short: {error}. Take another copy") from error
+        return self
+
+    def __exit__(self, *why: Any) -> None:
+        self.file = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self.file is None:
+            with self:
+                return self[name]
+        return self.file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -130,7 +140,8 @@ class FileSource:
         self.base_config, self.base = known["config"], known["fingerprint"]
         check_form(str(path), self.base_config)
         self.tensors = TensorsOf(self.path, list(head))
-        check_digest(str(path), metadata, self.tensors)
+        with self.tensors:
+            check_digest(str(path), metadata, self.tensors)
         self.fields: dict[str, list[str]] = {}
         for name in head:
             if name not in known["also"]:
@@ -140,7 +151,8 @@ class FileSource:
         left_behind(str(path), known["also"])
 
     def read(self, module: str) -> Update:
-        p = {field: self.tensors[f"{module}.{field}" if module else field] for field in self.fields[module]}
+        with self.tensors:
+            p = {field: self.tensors[f"{module}.{field}" if module else field] for field in self.fields[module]}
         return update_of(self.task, module, self.base_config, p, self.sizes(module, p), str(self.path))
 
     def sizes(self, module: str, p: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -191,7 +203,8 @@ class PeftSource:
         return found
 
     def read(self, module: str) -> Update:
-        p = {field: self.tensors[key] for field, key in self.keys[module].items()}
+        with self.tensors:
+            p = {field: self.tensors[key] for field, key in self.keys[module].items()}
         if not {"lora_A", "lora_B"} <= set(p) or p["lora_A"].ndim != 2 or p["lora_B"].ndim != 2:
             raise CheckpointError(f"{self.path}: {module} holds {sorted(p)} {[tuple(v.shape) for v in p.values()]}, not A and B")
         size = p["lora_A"].shape[1], p["lora_B"].shape[0]
@@ -243,12 +256,15 @@ def checked(task: str, module: str, update: Update) -> Update:
     A, B = update.A, update.B
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.numel() or not B.numel():
         raise ValueError(f"adapter {task!r}, module {module!r}: A {tuple(A.shape)} and B {tuple(B.shape)} are not (r, d_in) and (d_out, r)")
-    bad = [name for name, v in (("A", A), ("B", B)) if not finite(v)]
+    return update
+
+
+def check_finite(task: str, module: str, update: Update) -> None:
+    bad = [name for name, v in (("A", update.A), ("B", update.B)) if not finite(v)]
     if bad or not math.isfinite(update.scale):
         raise ValueError(
             f"adapter {task!r}, module {module!r}: {' and '.join(bad) or 'alpha'} holds NaN or infinite values; nothing was changed"
         )
-    return update
 
 
 def finite(v: Tensor) -> bool:
