@@ -358,18 +358,18 @@ def test_compression_stats_has_its_six_keys():
 
 
 def test_a_budget_is_kept_and_spent_where_it_explains_most():
-    adapters = family(6, noise=0.05)
+    adapters = family(60, noise=0.05)  # so many that their own factors in int8 would not fit
     for fields in adapters:
         with torch.no_grad():
             fields.tensors()[MODULES[1]]["lora_B"].mul_(0.01)
-    sub = of(adapters, budget_bytes=4000)
+    sub = of(adapters, budget_bytes=7500)
     ks = [tuple(map(len, sub.components[m])) for m in MODULES]
-    assert 3000 < sub.nbytes <= 4000
+    assert 6500 < sub.nbytes <= 7500
     assert min(ks[0]) > max(ks[1])
     with pytest.raises(ValueError, match="budget_bytes"):
         of(adapters, budget_bytes=100)
     equal = of(adapters, num_components=3)
-    assert equal.nbytes < 4000 and collection_error(adapters, sub) < collection_error(adapters, equal)
+    assert equal.nbytes < 7500 and collection_error(adapters, sub) < collection_error(adapters, equal)
 
 
 def test_the_diagnosis_tells_sharing_from_chance():

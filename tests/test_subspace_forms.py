@@ -329,7 +329,7 @@ def test_integers_are_smaller_in_memory_and_on_disk(form: dict[str, Any], bits: 
     assert min(factors) >= least
     for t, was in exact.items():
         for m, w in updates(sub.reconstruct(t)).items():
-            assert torch.dist(w, was[m]) < (0.02 if bits == 8 else 0.22) * was[m].norm()
+            assert torch.dist(w, was[m]) < (0.02 if bits == 8 else 0.24) * was[m].norm()
     assert snapshot(SharedSubspace.load(tmp_path / "packed")) == snapshot(sub)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -217,10 +218,13 @@ def opened(file: Path) -> ll.SharedSubspace:
 
 def described(sub: ll.SharedSubspace, file: Path) -> dict[str, Any]:
     stats, state = sub.compression_stats(), sub.state
-    ks = [k for sides in stats["components_per_layer"].values() for k in sides]
+    per_layer = stats["components_per_layer"]
+    ks = [k for sides in per_layer.values() if not isinstance(sides, str) for k in sides]
+    apart = Counter(held for held in per_layer.values() if isinstance(held, str))
     return {
         "file": str(file), "file_bytes": os.path.getsize(file), "bytes": sub.nbytes, "space": state.space, "coefficients": state.kind,
-        "bits": state.bits, "num_tasks": stats["num_tasks"], "num_layers": stats["num_layers"], "components": [min(ks), max(ks)],
+        "bits": state.bits, "num_tasks": stats["num_tasks"], "num_layers": stats["num_layers"],
+        "components": [min(ks, default=0), max(ks, default=0)], "layers_that_do_not_share": dict(apart),
         "compression_ratio": stats["compression_ratio"],
     }  # fmt: skip
 

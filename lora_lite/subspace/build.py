@@ -11,6 +11,7 @@ from loguru import logger
 from torch import Tensor
 
 from lora_lite.config import AdapterConfig
+from lora_lite.subspace.apart import cheaper
 from lora_lite.subspace.bases import joined
 from lora_lite.subspace.block import Block, blocks
 from lora_lite.subspace.coefficients import Kind, Parts, encode, flat_a, flat_b
@@ -130,7 +131,8 @@ def build(
         if progress is not None:
             progress(len(layers), len(modules))
     state = State("flat" if kind == "flat" else "feature", kind, missing, policy, layers, base=base)
-    state = state if policy.budget_bytes is None else within_budget(state, policy.budget_bytes)
+    if policy.budget_bytes is not None:
+        state = budgeted(state, policy.budget_bytes, sources, dtype)
     return dataclasses.replace(state, configs={s.task: config_of(state, s.task, s.base_config) for s in sources})
 
 
@@ -152,6 +154,29 @@ def precise(updates: Sequence[Update]) -> torch.dtype:
 
 
 # -- a budget -----------------------------------------------------------------------------------------------------------
+
+
+def budgeted(state: State, budget: int, sources: Sequence[Source], dtype: torch.dtype | None) -> State:
+    """Directions within the budget. Layers whose tasks' own factors lose less at the same bytes keep those, the worst half of them at a
+    time: what they leave unspent goes to the others, which may then be better shared."""
+    full, alone = dict(state.layers), dict[str, Layer]()
+    while full:
+        left = budget - sum(x.nbytes for layer in alone.values() for x in layer.stored())
+        shared = within_budget(dataclasses.replace(state, layers=full), left).layers
+        better = {} if state.kind == "flat" else {m: own for m, x in shared.items() if (own := own_factors(m, x, sources, dtype))}
+        if not better:
+            return dataclasses.replace(state, layers={m: alone.get(m) or shared[m] for m in state.layers})
+        gains = {m: float(shared[m].lost.double().sum() - own.lost.double().sum()) for m, own in better.items()}
+        for m in sorted(gains, key=gains.__getitem__, reverse=True)[: (len(gains) + 1) // 2]:
+            alone[m] = better[m]
+            del full[m]
+    return dataclasses.replace(state, layers={m: alone[m] for m in state.layers})
+
+
+def own_factors(module: str, shared: Layer, sources: Sequence[Source], dtype: torch.dtype | None) -> Layer | None:
+    """The tasks' factors, read again, where they lose less than the shared layer in no more bytes."""
+    updates = [s.read(module) for s in sources if s.task in shared.index]
+    return cheaper(shared, shared.tasks, updates, dtype or precise(updates))
 
 
 def within_budget(state: State, budget: int) -> State:

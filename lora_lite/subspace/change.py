@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora_lite.subspace.apart import Apart, as_parts, held_like, rounding
 from lora_lite.subspace.bases import joined
 from lora_lite.subspace.block import Block, block
 from lora_lite.subspace.build import build_layer, by_policy, config_of, precise
@@ -96,6 +97,8 @@ def read_all(state: State, source: Source, new: bool = True) -> dict[str, Update
 
 
 def absorbed(state: State, layer: Layer, task: str, update: Update) -> Layer:
+    if isinstance(layer, Apart):
+        return appended(layer, task, update)
     kind = state.kind
     brought = block([update])
     grown_b, grown_a = grown(kind, layer, brought)
@@ -109,6 +112,12 @@ def absorbed(state: State, layer: Layer, task: str, update: Update) -> Layer:
         layer, tasks=(*layer.tasks, task), ranks=(*layer.ranks, update.rank), scales=(*layer.scales, update.scale), energy=energy.float()
     )
     return truncated(state, whole, (grown_b, grown_a), parts, lost)
+
+
+def appended(layer: Apart, task: str, update: Update) -> Layer:
+    parts = as_parts(update)
+    off = rounding([update.rank], [update.scale], parts, held_like(parts, layer.parts))
+    return layer.joined("factors", task, update.rank, update.scale, parts, float(block([update]).energy), float(off))
 
 
 def grown(kind: Kind, layer: Layer, new: Block) -> tuple[Grown, Grown]:
@@ -173,7 +182,8 @@ def carry(kind: Kind, layer: Layer, b: Grown, a: Grown) -> Parts:
 def truncated(state: State, layer: Layer, sides: tuple[Grown, Grown], parts: Parts, lost: Tensor) -> Layer:
     """Onto the leading directions of all tasks together; what each task loses is added to its bound."""
     kind, dtype = state.kind, layer.b.basis().dtype
-    turned = [strongest(g.scatter, by_policy(kind, state.policy), explained_of(kind, layer)) for g in sides]
+    choices = [as_many(f) if state.policy.budget_bytes is not None else by_policy(kind, state.policy) for f in (layer.b, layer.a)]
+    turned = [strongest(g.scatter, choose, explained_of(kind, layer)) for g, choose in zip(sides, choices, strict=True)]
     (Rb, energy_b), (Ra, energy_a) = turned
     kept = mapped(kind, parts, Rb, Ra)
     gone = (layer.measure(kind, parts) - layer.measure(kind, kept)).clamp(min=0)
@@ -183,6 +193,11 @@ def truncated(state: State, layer: Layer, sides: tuple[Grown, Grown], parts: Par
     )
     bound = torch.where(gone > 0, (lost.clamp(min=0).sqrt() + gone.sqrt()).square(), lost)
     return dataclasses.replace(layer, b=b, a=a, parts=tuple(p.to(dtype) for p in kept), lost=bound.float())
+
+
+def as_many(frame: Frame) -> Choose:
+    """Under a budget each side keeps the number of directions it was given; the threshold was not what chose it."""
+    return lambda spectrum, total: min(max(1, frame.k), len(spectrum))
 
 
 def explained_of(kind: Kind, layer: Layer) -> float | None:
@@ -215,6 +230,10 @@ def quantised(state: State, bits: int) -> State:
 
 
 def quantised_layer(kind: Kind, layer: Layer, bits: int) -> Layer:
+    if isinstance(layer, Apart):
+        if layer.held == f"int{bits}":
+            return layer
+        return layer.with_parts(tuple(Packed.of(dense(p), bits, BASIS_GROUP[bits]) for p in layer.parts))
     b, a = quantised_frame(layer.b, bits), quantised_frame(layer.a, bits)
     parts = layer.all_parts() if kind == "diag" else mapped(kind, layer.all_parts(), refit(layer.b, b), refit(layer.a, a))
     new = dataclasses.replace(layer, b=b, a=a, parts=tuple(Packed.of(p, bits, COEFFICIENT_GROUP[bits]) for p in parts))
@@ -268,6 +287,8 @@ def moved(state: State, device: torch.device | None, dtype: torch.dtype | None) 
 
 
 def dequantised(kind: Kind, layer: Layer) -> Layer:
+    if isinstance(layer, Apart):
+        return dataclasses.replace(layer, parts=layer.all_parts())
     if kind == "diag":
         plain = [Frame(f.basis(), f.centre(), f.energy) for f in (layer.b, layer.a)]
         return dataclasses.replace(layer, b=plain[0], a=plain[1], parts=layer.all_parts())

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lora_lite.adapter import Adapter
 from lora_lite.lowrank import LowRank
+from lora_lite.subspace.apart import Apart
 from lora_lite.subspace.block import block, blocks
 from lora_lite.subspace.build import Progress, data
 from lora_lite.subspace.coefficients import encode
@@ -70,7 +71,7 @@ def diagnose(
     for done, (m, layer) in enumerate(state.layers.items(), 1):
         if progress is not None:
             progress(done, len(state.layers))
-        if len(layer.tasks) < 2:
+        if len(layer.tasks) < 2 or isinstance(layer, Apart):
             continue
         updates = [as_update(layer.update(state.kind, t)) if sources is None else sources[t].read(m) for t in layer.tasks]
         found[m] = verdict(layer, updates, sources is not None, generator)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
+from lora_lite.subspace.apart import Apart
 from lora_lite.subspace.coefficients import Kind, Parts, as_cores, padded
 from lora_lite.subspace.state import Layer, State
-from lora_lite.subspace.training import Place, Trainable, basis_hash, expanded
+from lora_lite.subspace.training import Place, Trainable, basis_hash, expanded, on_bases
 from lora_lite.variants.shared import SharedConfig, small
 
 FIELDS = {"core": ("lora_core",), "diag": ("lora_diag",), "factors": ("lora_Y", "lora_X"), "flat": ("lora_y", "lora_x")}
@@ -36,7 +37,10 @@ def starting(state: State, config: AdapterConfig, sizes: Sizes, seed: int | None
 
 
 def layers_for(state: State, config: SharedConfig) -> dict[str, Layer]:
-    return {m: layer for m, layer in state.layers.items() if config.task is None or config.task in layer.index}
+    found = {m: layer for m, layer in state.layers.items() if config.task is None or config.task in layer.index}
+    if config.task is not None:
+        on_bases(found, config.task)
+    return {m: layer for m, layer in found.items() if not isinstance(layer, Apart)}
 
 
 def check_train(state: State, config: SharedConfig) -> None:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lora_lite.config import AdapterConfig
+from lora_lite.subspace.apart import Apart, as_parts
 from lora_lite.subspace.bases import joined
 from lora_lite.subspace.block import block
 from lora_lite.subspace.build import config_of
-from lora_lite.subspace.change import read_all
+from lora_lite.subspace.change import appended, read_all
 from lora_lite.subspace.coefficients import Kind, Parts, encode
 from lora_lite.subspace.packed import Stored
 from lora_lite.subspace.source import Source
@@ -74,6 +75,11 @@ def project(state: State, source: Source, task_id: str) -> TaskProjection:
     caught = {}
     for m, u in updates.items():
         layer = state.layers[m]
+        if isinstance(layer, Apart):
+            one = appended(layer, task_id, u)
+            bases = (layer.b.components, layer.a.components)
+            caught[m] = Caught(as_parts(u), u.rank, u.scale, float(one.energy[-1]), float(one.lost[-1]), bases)
+            continue
         alone = block([u])
         coded = encode(state.kind, layer.b, layer.a, alone, torch.float64 if state.bits is not None else layer.b.basis().dtype)
         bases = (layer.b.components, layer.a.components)

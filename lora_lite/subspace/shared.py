@@ -15,6 +15,7 @@ from torch import Tensor
 from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
 from lora_lite.subspace import change, diagnosis, file, live, training
+from lora_lite.subspace.apart import Apart
 from lora_lite.subspace.bases import restricted
 from lora_lite.subspace.build import Progress, build
 from lora_lite.subspace.coefficients import FEATURE_KINDS
@@ -67,7 +68,8 @@ class SharedSubspace:
         coefficients        "core" (k x k per task), "factors" (r x k twice) or "diag" (k, on a basis that stays); "flat" has its own
         variance_threshold  each layer keeps at least this share of sum |dW|^2 (in "flat": of each side's variance)
         num_components      the same k everywhere instead; adaptive_k=True lets the threshold decide all the same
-        budget_bytes        directions go where they explain most per byte until this is spent
+        budget_bytes        directions go where they explain most per byte until this is spent; a layer whose tasks' own factors, as
+                            they are or in int8, lose less at its bytes keeps those instead (`compression_stats` says which)
         missing             layers not in every adapter: "error", "zero" (such an update is zero) or "common" (they are left out)
         dtype               of bases and coefficients: float32 unless an adapter is float64
 
@@ -145,12 +147,14 @@ class SharedSubspace:
         return {m: float(x.lost[x.index[task_id]]) for m, x in layers.items()}
 
     def compression_stats(self) -> dict[str, Any]:
-        """components_per_layer, total_params_compressed, total_params_original, compression_ratio, num_tasks, num_layers."""
+        """components_per_layer, total_params_compressed, total_params_original, compression_ratio, num_tasks, num_layers.
+
+        Under budget_bytes a layer's components may be "raw" or "int8": sharing lost more there than the tasks' own factors do."""
         layers = self._state.layers
         held = sum(math.prod(x.shape) for layer in layers.values() for x in layer.numbers())
         original = sum(r * (x.d_in + x.d_out) for x in layers.values() for r in x.ranks)
         return {
-            "components_per_layer": {m: Sides(x.b.k, x.a.k) for m, x in layers.items()},
+            "components_per_layer": {m: x.held if isinstance(x, Apart) else Sides(x.b.k, x.a.k) for m, x in layers.items()},
             "total_params_compressed": held,
             "total_params_original": original,
             "compression_ratio": original / max(1, held),
