@@ -8,6 +8,8 @@ bytes, on adapters that share SHARED directions per layer and side and have nois
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -80,29 +82,47 @@ def building(setup: Setup, vlora: Any, mine: list[ll.Adapter], theirs: list[Any]
         "flat": lambda: ll.SharedSubspace.from_adapters(mine, num_components=K, space="flat"),
     }
     seconds = time_rounds(steps, setup, rounds=8, warmup=1)
-    memory = {name: extra_memory(step) for name, step in steps.items()}
+    memory = {name: extra_memory(name) for name in steps}
     for name in ("feature", "flat"):
         yield ratio_row("subspace", "from_adapters", seconds, name, "vlora", 1 / 4)
         yield Row("subspace", f"from_adapters, extra memory: {name} / vlora", exact(memory[name] / memory["vlora"]), 1 / 3, medians=memory)
 
 
-def extra_memory(step: Step) -> float:
-    """Bytes of resident memory at the highest beyond those before, looked at every millisecond."""
-    before, highest, done = resident(), resident(), threading.Event()
+def extra_memory(name: str) -> float:
+    """Bytes of resident memory at the highest beyond those before, in a process that has built nothing yet."""
+    words = [sys.executable, "-c", f"from benchmarks.subspace import highest; print(highest({name!r}))"]
+    return float(subprocess.run(words, cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def highest(name: str) -> float:
+    """Looked at every millisecond. A small collection first, so that what is loaded at first use is not counted."""
+    torch.set_num_threads(1)
+    given = family(N)
+    before, top, done = 0, 0, threading.Event()
+    if name == "vlora":
+        import vlora
+
+        build = lambda n: vlora.SharedSubspace.from_adapters(theirs[:n], num_components=K)  # noqa: E731
+        theirs = [vlora.LoRAWeights(NAMES, *split(f), R) for f in given]
+    else:
+        mine = [ours(f) for f in given]
+        build = lambda n: ll.SharedSubspace.from_adapters(mine[:n], num_components=K, space=name)  # type: ignore[arg-type]  # noqa: E731
+    build(2)
+    before = top = resident()
 
     def watch() -> None:
-        nonlocal highest
+        nonlocal top
         while not done.is_set():
-            highest = max(highest, resident())
+            top = max(top, resident())
             time.sleep(0.001)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    kept = step()
+    kept = build(N)
     done.set()
     watcher.join()
     del kept
-    return float(highest - before)
+    return float(top - before)
 
 
 def resident() -> int:
