@@ -45,6 +45,7 @@ from lora_lite.variants import (
     OLoRAConfig,
     PiSSAConfig,
     ROADConfig,
+    SharedConfig,
     SSVDConfig,
     VeRAConfig,
 )
@@ -57,7 +58,7 @@ __all__ = [
     "DeLoRAConfig", "DoRAConfig", "DoseResponse", "EVAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig", "HistoryBake",
     "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAGAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig",
     "OFTConfig", "OLoRAConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SSVDConfig",
-    "SharedSubspace", "Target", "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach", "block_shifts",
-    "calibrate_c", "completion_nll", "disabled", "dose_response", "find_targets", "from_peft", "load", "margin_nll",
-    "null_control", "pcgrad", "read", "reference_kl", "register", "stack", "to_peft", "train_steering",
+    "SharedConfig", "SharedSubspace", "Target", "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach",
+    "block_shifts", "calibrate_c", "completion_nll", "disabled", "dose_response", "find_targets", "from_peft", "load",
+    "margin_nll", "null_control", "pcgrad", "read", "reference_kl", "register", "stack", "to_peft", "train_steering",
 ]  # fmt: skip

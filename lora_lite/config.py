@@ -138,6 +138,10 @@ class AdapterConfig:
         """The per-layer tables by field name; `find_targets` refuses keys that match no target."""
         return {}
 
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The config where layers go by other names (old -> new), for methods that keep a table by exact name."""
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Every field as JSON can hold it, with the variant's name first."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

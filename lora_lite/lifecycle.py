@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,22 @@ from lora_lite.base import fingerprint
 from lora_lite.config import AdapterConfig, as_patterns
 from lora_lite.dial import Coefficient, Setting
 from lora_lite.hooks import Hook
-from lora_lite.initialise import Start, start
+from lora_lite.initialise import Start, Tensors, check_calibration, start
 from lora_lite.target import Target, find_targets
-from lora_lite.variant import variant_of
+from lora_lite.variant import Variant, variant_of
+
+
+@runtime_checkable
+class Bases(Protocol):
+    """What a SharedSubspace, which stands above this room, does for `attach`."""
+
+    def starting(self, config: AdapterConfig, sizes: Mapping[str, tuple[int, int]], seed: int | None) -> tuple[AdapterConfig, Tensors]:
+        """The config with what it needs of the bases, and every tensor by target, for those of the layers that it has."""
+        ...
+
+    def base_of(self, targets: Sequence[str]) -> dict[str, Any] | None:
+        """The fingerprint of the base it was made on, as far as it knows these layers."""
+        ...
 
 
 def attach(
@@ -32,6 +45,7 @@ def attach(
     seed: int | None = None,
     exclude_directions: Sequence[Adapter] = (),
     loss: Callable[[Any, Any], Tensor] | None = None,
+    shared: Bases | None = None,
 ) -> Adapter:
     """Put a fresh adapter, or a detached one, on a model. `adapter = ll.attach(model, ll.LoRAConfig(r=16))`.
 
@@ -46,20 +60,29 @@ def attach(
                         direction is in use where the rows of their A span half of its squared length: always PiSSA's own, a
                         LoRA's only where training turned its random A there; where none is, a warning says so
     loss              (model's output, batch) -> scalar, for variants that read gradients; else the output's own `loss`
+    shared            the SharedSubspace on whose bases a SharedConfig trains
 
     All or nothing: on any error the model is as it was. Raises RuntimeError where nothing matches or a layer cannot carry
-    an adapter, ValueError for a name in use or calibration data that is missing or does not fit.
+    an adapter, ValueError for a name in use, calibration data that is missing or does not fit, or bases of other layers.
     """
     model = unwrapped(model)
     if isinstance(config, Adapter):
-        if calibration_data is not None or train_also or seed is not None or exclude_directions or loss is not None:
-            raise ValueError(
-                "a made adapter is put back as it is: calibration_data, train_also, seed, exclude_directions and loss are for a fresh one"
-            )
+        asked = {
+            "calibration_data": calibration_data is not None, "train_also": bool(train_also), "seed": seed is not None,
+            "exclude_directions": bool(exclude_directions), "loss": loss is not None, "shared": shared is not None,
+        }  # fmt: skip
+        if any(asked.values()):
+            unused = ", ".join(name for name, given in asked.items() if given)
+            raise ValueError(f"a made adapter is put back as it is; for a fresh one only: {unused}")
         return config.put_on(model, name, c)
     variant = variant_of(config)
     name = check_name("default" if name is None else name)
     targets = find_targets(model, config)
+    given = None
+    if shared is not None or variant.needs_shared:
+        check_calibration(config, variant, calibration_data, loss)
+        config, given = _on_bases(config, variant, targets, shared, seed)
+    targets = [t for t in targets if given is None or t.name in given]
     specs = {t.name: variant.param_specs(t.d_in, t.d_out, config.at(t.name, t.d_in, t.d_out)) for t in targets}
     check_layers(model, name, targets, variant, specs)
     also = _also(model, train_also)
@@ -68,18 +91,34 @@ def attach(
         raise ValueError(f"variant {config.variant!r} chooses no directions; leave exclude_directions out")
     exclude = _directions(exclude_directions)
     rest = Setting(1.0 if c is None else c).c  # a bad c fails before anything is computed
-    fresh = start(model, config, targets, calibration_data, seed, exclude, loss)
+    base = fingerprint(model, {t.name: t.module for t in targets})
+    if shared is not None and (known := shared.base_of([t.name for t in targets])) is not None:
+        fitting.check_base("the subspace", known, base, True, "a subspace serves the base its adapters were trained on")
+    fresh = Start(config, given, {}) if given is not None else start(model, config, targets, calibration_data, seed, exclude, loss)
     adapter = Adapter(
         fresh.config,
         placed(targets, fresh),
         {t.name: (t.d_in, t.d_out) for t in targets},
         name=name,
         also=also,
-        fingerprint=fingerprint(model, {t.name: t.module for t in targets}),
+        fingerprint=base,
         diagnostics=fresh.notes,
         c=rest,
     )
     return adapter.put_on(model, known_base=True)
+
+
+def _on_bases(
+    config: AdapterConfig, variant: type[Variant], targets: Sequence[Target], shared: Bases | None, seed: int | None
+) -> tuple[AdapterConfig, Tensors]:
+    if shared is None:
+        raise ValueError(
+            f"{type(config).__name__} trains on the bases of a subspace: ll.attach(model, {type(config).__name__}(...), shared=sub), with "
+            "sub = ll.SharedSubspace.from_adapters([...]) or .load(path)"
+        )
+    if not variant.needs_shared:
+        raise ValueError(f"variant {config.variant!r} has no use for shared=; ll.SharedConfig(train=...) trains on shared bases")
+    return shared.starting(config, {t.name: (t.d_in, t.d_out) for t in targets}, seed)
 
 
 def placed(targets: Sequence[Target], fresh: Start) -> dict[str, dict[str, Parameter]]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lora_lite import variants as _registered  # noqa: F401 the files register themselves
 from lora_lite.peft_format.methods import METHODS
 from lora_lite.variant import REGISTRY, Variant
+from lora_lite.variants.shared import SharedConfig
 
 MARK = "<!-- {name}:{end} -->"
 
@@ -77,14 +78,19 @@ SIZES: Mapping[str, Callable[[Any], int]] = {
     "d_in / block_size": lambda cfg: D_IN // cfg.block_size,
     "r / block_size": lambda cfg: cfg.r // cfg.block_size,
     "block_size * (block_size - 1) / 2": lambda cfg: cfg.block_size * (cfg.block_size - 1) // 2,
+    "k": lambda cfg: cfg.rooms["layer"][0],
     "r * (r - 1) / 2": lambda cfg: cfg.r * (cfg.r - 1) // 2,
     "int(kind[-1]) * d_out / 2": lambda cfg: int(cfg.kind[-1]) * D_OUT // 2,
 }
 
 
+# Where the default config means nothing before it has met a subspace, here one of k = 48 directions on each side.
+EXAMPLES = {"shared": SharedConfig(rooms={"layer": (48, 48, 16, 1.0, 0)})}
+
+
 def tensors(v: type[Variant]) -> str:
     """The trained tensors of the default config, with the formulas of their sizes; a size that none gives stays a number."""
-    cfg = v.Config().at("layer", D_IN, D_OUT)
+    cfg = EXAMPLES.get(v.name, v.Config()).at("layer", D_IN, D_OUT)
     formulas: dict[int, str] = {}
     for formula, size in SIZES.items():
         with suppress(AttributeError):  # a config without such a field

@@ -115,6 +115,7 @@ class Variant:
     schedule      whether training must call `adapter.on_step(step)` and add `adapter.aux_loss()`; harmless for the others
     identity      how near to the base a fresh adapter is; `identity_of(cfg)` where that is a matter of the config
     chooses_directions  whether `observe` leaves out the directions given by `exclude_directions`
+    needs_shared  whether its frozen tensors come from a subspace: `attach(..., shared=sub)`
     linear_in_c   whether one layer's change is c times its change at c = 1
     row_c         whether c may differ between the rows of a batch
     why_not       the reason of each "no" among linear_in_c and row_c
@@ -135,6 +136,7 @@ class Variant:
     schedule: ClassVar[bool] = False
     identity: ClassVar[Identity] = BITWISE
     chooses_directions: ClassVar[bool] = False
+    needs_shared: ClassVar[bool] = False
     linear_in_c: ClassVar[bool] = True
     row_c: ClassVar[bool] = True
     why_not: ClassVar[Mapping[str, str]] = {}

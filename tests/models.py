@@ -70,6 +70,8 @@ VARIANTS: dict[str, Row] = {
     "antipasto-scored": Row(ll.AntiPaSTOConfig(r=4, block_size=2, selection_score="wanda"), calibrated=True),
     "ssvd": Row(ll.SSVDConfig(r=4)),
     "ssvd-first-order": Row(ll.SSVDConfig(r=4, cayley="first-order")),
+    "shared": Row(ll.SharedConfig(train="core")),
+    "shared-factors": Row(ll.SharedConfig(train="factors", r=3)),
 }
 each_variant = pytest.mark.parametrize("row", VARIANTS.values(), ids=VARIANTS.keys())
 
@@ -224,6 +226,8 @@ def attach(model: nn.Module, row: Row, batch: Any = None, **keywords: Any) -> ll
             return ll.attach(model, config, **keywords)
     elif row.calibrated:
         keywords.setdefault("calibration_data", activations(model, config))
+    if isinstance(config, ll.SharedConfig):
+        keywords.setdefault("shared", subspace(model, config))
     return ll.attach(model, config, **keywords)
 
 
@@ -242,6 +246,26 @@ def some_loss(output: Any, batch: Any) -> Tensor:
     """Of everything the model puts out, each number weighed differently."""
     y = getattr(output, "logits", output).double()
     return (y * torch.linspace(-1, 2, y.shape[-1], dtype=torch.float64)).square().mean()
+
+
+def subspace(model: nn.Module, config: ll.AdapterConfig) -> ll.SharedSubspace:
+    """Four directions per side of each target, fewer where it has fewer: what three made-up LoRAs share."""
+    layers, where = ll.find_targets(model, config), {f.name: getattr(config, f.name) for f in dataclasses.fields(ll.AdapterConfig)}
+    made = []
+    for seed in range(3):
+        A = {t.name: normal(4, t.d_in, seed=3 * i + seed, dtype=torch.float64) for i, t in enumerate(layers)}
+        B = {t.name: normal(t.d_out, 4, seed=7 * i + seed, dtype=torch.float64) for i, t in enumerate(layers)}
+        tensors = {name: {"lora_A": A[name], "lora_B": B[name]} for name in A}
+        made.append(ll.Adapter(ll.LoRAConfig(**where, r=4), tensors, {t.name: (t.d_in, t.d_out) for t in layers}))
+    return ll.SharedSubspace.from_adapters(made, num_components=4)
+
+
+def resolved(row: Row, target: str, d_in: int, d_out: int) -> Any:
+    """The row's config at one layer, on bases of four directions where it needs some."""
+    if isinstance(row.config, ll.SharedConfig):
+        k = min(4, d_in), min(4, d_out)
+        return dataclasses.replace(row.config, rooms={target: (k[1], k[0], row.config.r, 1.0, 0)})
+    return row.config.at(target, d_in, d_out)
 
 
 def activations(model: nn.Module, config: ll.AdapterConfig, rows: int = 32) -> dict[str, dict[str, Tensor]]:

@@ -273,6 +273,15 @@ def ssvd(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, t
     return turned_spectrum(W, b, t, x, c, G.mT, "V")
 
 
+def shared(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_side: bool = False) -> Tensor:
+    """On bases B (d_out, k) and A (k, d_in): the core itself, its diagonal, or it as Y^T X; after them the scale of the layer's room."""
+    B, A = t["lora_B"], t["lora_A"]
+    core = {
+        "core": lambda: t["lora_core"], "diag": lambda: torch.diag(t["lora_diag"]), "factors": lambda: t["lora_Y"].T @ t["lora_X"],
+    }[cfg.train]()  # fmt: skip
+    return linear(x, W, b) + c * linear(x, cfg.rooms[target][3] * B @ (core.T if wrong_side else core) @ A)
+
+
 REFERENCES: dict[str, Callable[..., Tensor]] = {
     "lora": lora,
     "eva": lora,
@@ -295,6 +304,7 @@ REFERENCES: dict[str, Callable[..., Tensor]] = {
     "road": road,
     "antipasto": antipasto,
     "ssvd": ssvd,
+    "shared": shared,
 }
 
 

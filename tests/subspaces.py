@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-from models import generator
 from torch import Tensor
 
 import lora_lite as ll
 from lora_lite.subspace import SharedSubspace
+from tests.models import generator
 
 MODULES = ("model.layers.0.q_proj", "model.layers.1.q_proj")
 

@@ -325,7 +325,7 @@ def test_a_layer_on_the_meta_device_is_refused() -> None:
     model.layers[1].up.to("meta")
     for row in VARIANTS.values():
         with pytest.raises(RuntimeError, match=r"layers\.1\.up .*meta device; load the weights"):
-            ll.attach(model, row.config, calibration_data=activations(model, row.config) if row.calibrated else None)
+            attach(model, row)
         assert not [n for n, _ in model.named_parameters() if "lora_" in n] and not ll.adapters(model)
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         assert all(p.requires_grad for p in model.parameters())

@@ -100,7 +100,7 @@ def test_the_same_seed_gives_the_same_texts_and_the_model_is_cached(room: Path, 
     assert other["doses"] != done[1]["doses"]
 
 
-@pytest.mark.parametrize("variant", sorted(ll.REGISTRY))
+@pytest.mark.parametrize("variant", sorted(name for name, variant in ll.REGISTRY.items() if not variant.needs_shared))
 def test_every_variant_on_a_model_and_pairs_of_ones_own(variant: str, room: Path, done: tuple[demo.Job, dict[str, Any]]) -> None:
     lines = [{"prompt": "the", "chosen": f" file {i} is read", "rejected": f" self.x = {i}"} for i in range(12)]
     pairs = room / "pairs.jsonl"

@@ -17,7 +17,7 @@ import lora_lite as ll
 from lora_lite.variant import Base
 from lora_lite.variants import cayley as cayley_file
 from lora_lite.variants import oft as oft_file
-from tests.models import VARIANTS, Row, attach, llama, mlp, normal, randomise, single, tensors_at
+from tests.models import VARIANTS, Row, attach, llama, mlp, normal, randomise, resolved, single, tensors_at
 from tests.references import assert_close, assert_differs, reference, same_bits
 
 F64 = torch.float64
@@ -40,9 +40,9 @@ def effect(config: ll.AdapterConfig, c: float, d_in: int = 12, d_out: int = 14, 
 @pytest.mark.parametrize("name", COUNTED)
 def test_the_declared_number_of_parameters_is_what_is_trained(name: str) -> None:
     for d_in, d_out in ((10, 14), (24, 32), (32, 9)):
-        cfg = COUNTED[name].config.at("linear", d_in, d_out)
+        cfg = resolved(COUNTED[name], "linear", d_in, d_out)
         variant: Any = ll.REGISTRY[cfg.variant]
-        sizes = dataclasses.asdict(cfg) | {"d_in": d_in, "d_out": d_out}
+        sizes = dataclasses.asdict(cfg) | {"d_in": d_in, "d_out": d_out, "k": 4}
         specs = variant.param_specs(d_in, d_out, cfg)
         assert sum(math.prod(s.shape) for s in specs.values() if s.trainable) == eval(variant.parameters, {"int": int}, sizes)
 

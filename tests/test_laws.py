@@ -265,7 +265,9 @@ def test_only_declared_trainables_get_gradients_and_all_of_them_do(row: Row) -> 
     declared = set()
     for target in adapter.targets:
         layer = model.get_submodule(target)
-        specs = law_of(row).param_specs(layer.in_features, layer.out_features, row.config.at(target, layer.in_features, layer.out_features))
+        specs = law_of(row).param_specs(
+            layer.in_features, layer.out_features, adapter.config.at(target, layer.in_features, layer.out_features)
+        )
         declared |= {f"{target}.{field}" for field, spec in specs.items() if spec.trainable}
     assert declared == {name for name, _ in adapter.named_parameters()}
     with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
@@ -361,7 +363,7 @@ def test_equals_the_dense_float64_formula(row: Row) -> None:
     for c in (*COEFFICIENTS, torch.tensor([-1.0, 0.5, 2.0], dtype=f64), normal(3, 4, seed=8, dtype=f64)):
         spread = c.reshape(*c.shape, *[1] * (3 - c.dim())) if isinstance(c, Tensor) else c
         with torch.no_grad(), adapter(model, c=c):
-            assert_close(model(x), reference(W, b, tensors, row.config, x, spread, "linear"), f"c={c}")
+            assert_close(model(x), reference(W, b, tensors, adapter.config, x, spread, "linear"), f"c={c}")
 
 
 @pytest.mark.fast
@@ -376,7 +378,7 @@ def test_gradients_equal_those_of_the_dense_float64_formula(row: Row) -> None:
         got_x, want_x = x.clone().requires_grad_(), x.clone().requires_grad_()
         with adapter(model, c=c):
             got = torch.autograd.grad(model(got_x).square().sum(), [*trained, got_x])
-        want = torch.autograd.grad(reference(W, b, tensors, row.config, want_x, c, "linear").square().sum(), [*trained, want_x])
+        want = torch.autograd.grad(reference(W, b, tensors, adapter.config, want_x, c, "linear").square().sum(), [*trained, want_x])
         for g, w in zip(got, want, strict=True):
             assert_close(g, w, f"a gradient at c={c}")
 
@@ -387,7 +389,7 @@ def test_the_dense_formula_holds_without_a_bias(row: Row) -> None:
     model, x = Single(nn.Linear(10, 14, bias=False).double()), normal(3, 10, dtype=f64)
     adapter = randomise(attach(model, row, dtype=f64))
     with torch.no_grad(), adapter(model, c=0.7):
-        assert_close(model(x), reference(model.linear.weight, None, tensors_at(model, "linear"), row.config, x, 0.7, "linear"))
+        assert_close(model(x), reference(model.linear.weight, None, tensors_at(model, "linear"), adapter.config, x, 0.7, "linear"))
 
 
 @pytest.mark.fast
@@ -565,7 +567,8 @@ def test_every_dtype_of_the_base(row: Row, dtype: torch.dtype) -> None:
     mixed.float().square().mean().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in adapter.parameters())
     linear, tensors = model.linear.double(), {k: v.double() for k, v in tensors_at(model, "linear").items()}
-    truth = reference(linear.weight, linear.bias, tensors, row.config, x.double(), torch.tensor([0.0, 0.5, -1.5])[:, None, None], "linear")
+    c = torch.tensor([0.0, 0.5, -1.5])[:, None, None]
+    truth = reference(linear.weight, linear.bias, tensors, adapter.config, x.double(), c, "linear")
     assert_close(mixed, truth, tolerance=max(TOLERANCE[dtype], TOLERANCE[torch.float32]))
 
 

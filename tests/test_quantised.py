@@ -135,7 +135,7 @@ def test_a_layer_is_the_dense_formula_with_the_weight_it_multiplies_by(row: Row,
         spread = c[:, None, None] if isinstance(c, Tensor) else c
         with adapter(model, c=c):
             found = layer(x)
-        want = reference(W, layer.bias, tensors, row.config, x, spread, UP)
+        want = reference(W, layer.bias, tensors, adapter.config, x, spread, UP)
         assert_close(found, want, f"c={c}", tolerance=ROUNDING[kind])
         assert_differs(found, base)
         pull = normal(*want.shape, seed=4)  # not the square: a rotation has no gradient there

@@ -132,12 +132,14 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
     "miss": {"lora_M": (R, D_OUT)},
     "lora_xs": {"lora_R": (R, R)},
     "adalora": {"lora_E": (R,)},
+    "shared": {"lora_core": (R, R)},
     "vera": {"lora_d": (R,), "lora_b": (D_OUT,)},
     "antipasto": {"lora_U": (D_OUT, 4), "lora_S": (4,), "lora_Vh": (4, D_IN), "lora_dS": (4,), "lora_theta": (2, 1)},
     "ssvd": {"lora_U": (D_OUT, R), "lora_S": (R,), "lora_Vh": (R, D_IN), "lora_dS": (R,), "lora_K": (R,)},
 }
 FIELDS = {"road": {"kind": "road_2", "group_size": 8}, "oft": {"cayley": "exact"}, "delora": {"init": "paper", "strength": 1.5}}
 FIELDS |= {"antipasto": {"rotate": "V", "max_angle": 1.0}, "ssvd": {"cayley": "exact"}}
+FIELDS |= {"shared": {"train": "core", "rooms": {"": (R, R, R, 0.7, 0)}}}
 TURNED = ("oft", "road", "antipasto", "ssvd")  # by an angle c theta: not in a line
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import generator, mlp
-from subspaces import MODULES, collection_error, family, of, relative_error, squared_error, updates
 from torch import Tensor
 
 import lora_lite as ll
 from lora_lite.lowrank import LowRank
 from lora_lite.subspace import SharedSubspace
 from lora_lite.subspace.frame import gram, outside, principal
+from tests.models import generator, mlp
+from tests.subspaces import MODULES, collection_error, family, of, relative_error, squared_error, updates
 
 pytestmark = pytest.mark.fast
 
@@ -266,7 +266,7 @@ def graded() -> Tensor:
 
 def smallest_found(dtype: torch.dtype) -> float:
     X = graded()
-    U, _, _ = principal(X, len, dtype=dtype)
+    U, _, _ = principal(X.T, lambda spectrum, total: len(spectrum), dtype=dtype)
     true = torch.linalg.svd(X, full_matrices=False).U[:, -1]
     return float((U.double() @ true).norm())
 
@@ -276,7 +276,7 @@ def test_a_gram_in_float64_finds_the_small_directions():
 
 
 def test_a_gram_in_float32_loses_them():
-    values = torch.linalg.eigvalsh(gram(graded(), torch.float32)).clamp(min=0).flip(0).sqrt()
+    values = torch.linalg.eigvalsh(gram(graded().T, torch.float32)).clamp(min=0).flip(0).sqrt()
     true = torch.logspace(0, -6, 8)
     assert float((values[-1] / true[-1] - 1).abs()) > 0.9
     assert smallest_found(torch.float32) < 0.9
@@ -285,7 +285,7 @@ def test_a_gram_in_float32_loses_them():
 @pytest.mark.parametrize("shape", [(64, 8), (8, 64), (30, 30)])
 def test_either_gram_finds_the_same_basis(shape: tuple[int, int]):
     X = torch.randn(*shape, generator=generator(3), dtype=torch.float64)
-    U, energy, spectrum = principal(X, lambda s: 5)
+    U, energy, spectrum = principal(X.T, lambda spectrum, total: 5)
     P, S, _ = torch.linalg.svd(X, full_matrices=False)
     assert torch.dist(projector(U), P[:, :5] @ P[:, :5].T) < 1e-9
     assert torch.allclose(energy, S[:5].square()) and len(spectrum) == min(shape) == len(S)
@@ -358,18 +358,18 @@ def test_compression_stats_has_its_six_keys():
 
 
 def test_a_budget_is_kept_and_spent_where_it_explains_most():
-    adapters = family(6, noise=0.05)
+    adapters = family(60, noise=0.05)  # so many that their own factors in int8 would not fit
     for fields in adapters:
         with torch.no_grad():
             fields.tensors()[MODULES[1]]["lora_B"].mul_(0.01)
-    sub = of(adapters, budget_bytes=4000)
+    sub = of(adapters, budget_bytes=7500)
     ks = [tuple(map(len, sub.components[m])) for m in MODULES]
-    assert 3000 < sub.nbytes <= 4000
+    assert 6500 < sub.nbytes <= 7500
     assert min(ks[0]) > max(ks[1])
     with pytest.raises(ValueError, match="budget_bytes"):
         of(adapters, budget_bytes=100)
     equal = of(adapters, num_components=3)
-    assert equal.nbytes < 4000 and collection_error(adapters, sub) < collection_error(adapters, equal)
+    assert equal.nbytes < 7500 and collection_error(adapters, sub) < collection_error(adapters, equal)
 
 
 def test_the_diagnosis_tells_sharing_from_chance():

@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import generator, llama, mlp, randomise, token_ids
-from subspaces import MODULES, collection_error, family, of, relative_error, snapshot, updates
 from torch import Tensor
 
 import lora_lite as ll
@@ -28,22 +26,14 @@ from lora_lite.subspace.shared import checked_policy
 from lora_lite.subspace.source import FileSource, Update
 from lora_lite.subspace.state import State
 from lora_lite.variant import Base
+from lora_lite.variants.shared import Shared
+from tests.models import generator, llama, mlp, randomise, token_ids
+from tests.subspaces import MODULES, collection_error, family, of, relative_error, snapshot, updates
 
 FORMS: dict[str, dict[str, Any]] = {
     "core": {"coefficients": "core"}, "factors": {"coefficients": "factors"}, "diag": {"coefficients": "diag"}, "flat": {"space": "flat"},
 }  # fmt: skip
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-
-
-@pytest.fixture
-def shared_variant(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The variant "shared", registered for one test: it is not in `lora_lite.variants` until `ll.attach` takes `shared=`."""
-    from lora_lite.variants import shared
-
-    monkeypatch.setitem(ll.REGISTRY, "shared", shared.Shared)
-    yield shared
-    monkeypatch.undo()
-    ll.REGISTRY.pop("shared", None)
 
 
 # --- 4: streaming ----------------------------------------------------------------------------------------------------------
@@ -138,10 +128,10 @@ def test_the_gradient_is_the_projected_one(kind: str):
 
 
 @pytest.mark.parametrize("kind", FORMS)
-def test_the_live_variant_has_that_gradient_too(kind: str, shared_variant: Any):
+def test_the_live_variant_has_that_gradient_too(kind: str):
     sub = of(family(6, dtype=torch.float64, modules=("layers.0.up", "layers.1.up"), d_in=12, d_out=20), num_components=4, **FORMS[kind])
     model = mlp(torch.float64, depth=2)
-    live = sub.live(shared_variant.SharedConfig(train=kind, task="task_2", dtype=torch.float64)).put_on(model)
+    live = ll.attach(model, ll.SharedConfig(train=kind, task="task_2", dtype=torch.float64), shared=sub)
     x = torch.randn(5, 12, generator=generator(0), dtype=torch.float64, requires_grad=True)
     model(x).square().sum().backward()
     merged_x = x.detach().clone().requires_grad_()
@@ -150,7 +140,7 @@ def test_the_live_variant_has_that_gradient_too(kind: str, shared_variant: Any):
     assert torch.allclose(x.grad, merged_x.grad, atol=1e-10)  # type: ignore[arg-type]
     p, base, cfg = live.tensors()["layers.0.up"], Base(12, 20), live.config.at("layers.0.up", 12, 20)
     want = sub.get_trainable_params("task_2").factors()["layers.0.up"].dense()
-    assert torch.dist(shared_variant.Shared.factors(cfg, p, base).dense(), want) < 1e-10
+    assert torch.dist(Shared.factors(cfg, p, base).dense(), want) < 1e-10
     frozen = [n for n, v in p.items() if not v.requires_grad]
     assert all(p[n].grad is None for n in frozen) and all(v.grad is not None for n, v in p.items() if n not in frozen)
 
@@ -206,12 +196,12 @@ def test_training_that_began_on_other_bases_is_refused():
 
 
 @pytest.mark.parametrize("expand", [0, 2])
-def test_a_live_adapter_comes_back_by_commit_and_through_a_file(expand: int, shared_variant: Any, tmp_path: Path):
+def test_a_live_adapter_comes_back_by_commit_and_through_a_file(expand: int, tmp_path: Path):
     modules = ("layers.0.up", "layers.1.up")
     sub = of(family(5, modules=modules, d_in=12, d_out=20), num_components=4)
     model, x = mlp(depth=2), torch.randn(5, 12, generator=generator(0))
     plain = model(x)
-    live = sub.live(shared_variant.SharedConfig(train="core", expand=expand), seed=0).put_on(model)
+    live = ll.attach(model, ll.SharedConfig(train="core", expand=expand), seed=0, shared=sub)
     assert torch.equal(model(x), plain)
     with torch.no_grad():
         for p in live.parameters():
@@ -227,16 +217,95 @@ def test_a_live_adapter_comes_back_by_commit_and_through_a_file(expand: int, sha
     assert torch.equal(fresh(x), want)
 
 
-def test_a_live_adapter_of_other_bases_is_refused(shared_variant: Any):
-    sub = of(family(5), num_components=4)
-    live = sub.live(shared_variant.SharedConfig())
-    sub.absorb(family(6)[5], "more")
+LIVE = ("layers.0.up", "layers.1.up")
+
+
+def on_mlp(n: int = 5, **keywords: Any) -> SharedSubspace:
+    """A subspace of the `up` layers of mlp(depth=2)."""
+    return of(family(n, modules=LIVE, d_in=12, d_out=20), num_components=4, **keywords)
+
+
+def test_a_live_adapter_of_other_bases_is_refused():
+    sub = on_mlp()
+    live = ll.attach(mlp(depth=2), ll.SharedConfig(), shared=sub)
+    sub.absorb(family(6, modules=LIVE, d_in=12, d_out=20)[5], "more")
     with pytest.raises(ValueError, match="other bases"):
         sub.commit(live, "new")
-    with pytest.raises(ValueError, match="does not fit"):
-        sub.live(shared_variant.SharedConfig(train="flat"))
-    with pytest.raises(ValueError, match="shared=sub"):
-        ll.attach(mlp(), shared_variant.SharedConfig())
+
+
+NOT_LIVE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "no subspace": (lambda: ll.attach(mlp(depth=2), ll.SharedConfig()), ValueError, r"trains on the bases of a subspace.*shared=sub"),
+    "no use for one": (lambda: ll.attach(mlp(depth=2), ll.LoRAConfig(), shared=on_mlp()), ValueError, "'lora' has no use for shared="),
+    "other space": (lambda: ll.attach(mlp(depth=2), ll.SharedConfig(train="flat"), shared=on_mlp()), ValueError, "does not fit"),
+    "other layers": (lambda: ll.attach(mlp(depth=2), ll.SharedConfig(), shared=of(family(3))), ValueError, "none of its layers"),
+    "other sizes": (lambda: ll.attach(mlp(depth=2, hidden=24), ll.SharedConfig(), shared=on_mlp()), ValueError, r"2 layers.*\(12, 24\)"),
+    "a layer it lacks": (lambda: ll.attach(mlp(), ll.SharedConfig(targets="up"), shared=on_mlp()), ValueError, r"lacks.*layers\.2\.up"),
+    "a layer the model lacks": (lambda: ll.attach(mlp(depth=1), ll.SharedConfig(), shared=on_mlp()), ValueError, r"model lacks 1 of"),
+    "unknown task": (lambda: ll.attach(mlp(depth=2), ll.SharedConfig(task="nobody"), shared=on_mlp()), KeyError, "nobody"),
+    "activations": (lambda: ll.attach(mlp(depth=2), ll.SharedConfig(), {"x": 1}, shared=on_mlp()), ValueError, "no use of calibration"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOT_LIVE)
+def test_what_cannot_live_on_a_model_says_why(name: str):
+    call, error, words = NOT_LIVE[name]
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_a_narrowed_config_takes_those_layers_only():
+    live = ll.attach(mlp(depth=2), ll.SharedConfig(targets=r"1\.up"), shared=on_mlp())
+    assert live.targets == list(LIVE[1:]) and list(live.config.rooms) == list(LIVE[1:])  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_every_kind_starts_at_its_task_and_expanding_changes_nothing(kind: str):
+    sub, x = on_mlp(**FORMS[kind]), torch.randn(5, 12, generator=generator(0))
+    found = []
+    for made in (
+        lambda m: ll.attach(m, sub.reconstruct("task_2")),
+        lambda m: ll.attach(m, ll.SharedConfig(train=kind, task="task_2"), shared=sub),
+        lambda m: ll.attach(m, ll.SharedConfig(train=kind, task="task_2", expand=2), shared=sub, seed=1),
+    ):
+        model = mlp(depth=2)
+        made(model)
+        found.append(model(x))
+    assert torch.allclose(found[0], found[1], atol=1e-5) and torch.allclose(found[1], found[2], atol=1e-6)
+
+
+def test_a_subspace_is_not_written_through_its_live_adapter(tmp_path: Path):
+    sub = on_mlp()
+    before = snapshot(sub)
+    live = ll.attach(mlp(depth=2), ll.SharedConfig(), shared=sub)
+    with torch.no_grad():
+        for fields in live.tensors().values():
+            for p in fields.values():
+                p.add_(1.0)
+    assert snapshot(sub) == before
+
+
+def test_a_fresh_process_loads_it_without_a_subspace(tmp_path: Path):
+    """The file carries the bases; the config says which they are, and a wrapper's prefix on the names does no harm."""
+    sub, model, x = on_mlp(), mlp(depth=2), torch.randn(5, 12, generator=generator(0))
+    live = randomise(ll.attach(model, ll.SharedConfig(train="core"), shared=sub))
+    live.save(tmp_path / "live.safetensors")
+    torch.save({"x": x, "want": model(x).detach(), "base": mlp(depth=2).state_dict()}, tmp_path / "seen.pt")
+    assert live.config.basis_hash and "5 tasks" in live.config.basis_id  # type: ignore[attr-defined]
+    code = (
+        "import sys, torch; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests']\n"
+        "import lora_lite as ll\n"
+        "from tests.models import mlp\n"
+        "seen = torch.load(sys.argv[1] + '/seen.pt')\n"
+        "for wrap in (lambda m: m, lambda m: torch.nn.ModuleDict({'module': m})):\n"
+        "    inner = mlp(depth=2); inner.load_state_dict(seen['base']); model = wrap(inner)\n"
+        "    adapter = ll.load(model, sys.argv[1] + '/live.safetensors', strict_base=model is inner)\n"
+        "    assert torch.equal(inner(seen['x']), seen['want']), 'other numbers'\n"
+        "    assert adapter.targets == list(adapter.config.rooms), adapter.config.rooms\n"
+        "print('loaded')\n"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path), str(root)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and "loaded" in done.stdout, done.stderr[-2000:]
 
 
 # --- 7: quantised means quantised --------------------------------------------------------------------------------------------
@@ -260,7 +329,7 @@ def test_integers_are_smaller_in_memory_and_on_disk(form: dict[str, Any], bits: 
     assert min(factors) >= least
     for t, was in exact.items():
         for m, w in updates(sub.reconstruct(t)).items():
-            assert torch.dist(w, was[m]) < (0.02 if bits == 8 else 0.3) * was[m].norm()
+            assert torch.dist(w, was[m]) < (0.02 if bits == 8 else 0.24) * was[m].norm()
     assert snapshot(SharedSubspace.load(tmp_path / "packed")) == snapshot(sub)
 
 
@@ -283,8 +352,8 @@ def test_coefficients_are_fitted_again_to_the_quantised_basis():
     sub = big()
     exact = {t: updates(sub.reconstruct(t))[MODULES[0]] for t in sub.tasks}
     layer = sub.state.layers[MODULES[0]]
-    U, V = (Packed.of(f.basis(), 4, 128).dense().double() for f in (layer.b, layer.a))
-    C = Packed.of(layer.all_parts()[0], 4, 64).dense().double()
+    U, V = (Packed.of(f.basis(), 4, 64).dense().double() for f in (layer.b, layer.a))
+    C = Packed.of(layer.all_parts()[0], 4, 32).dense().double()
     naive = sum(float((U.T @ C[i] @ V * layer.scales[i] - exact[t]).square().sum()) for i, t in enumerate(sub.tasks))
     sub.quantize(4)
     refitted = sum(float((updates(sub.reconstruct(t))[MODULES[0]] - exact[t]).square().sum()) for t in sub.tasks)
@@ -306,15 +375,24 @@ def test_a_quantised_subspace_takes_tasks_and_gives_them_back():
     assert all(torch.dist(U @ U.T, torch.eye(len(U))) < 1e-5 for U in sub.components[MODULES[0]])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_packing_is_as_exact_as_its_levels(bits: int):
+def test_packing_is_as_exact_as_its_levels():
     x = torch.randn(5, 131, generator=generator(0)) * torch.logspace(-12, 3, 5)[:, None]
     x[3, :64] = 0
-    packed = Packed.of(x, bits, 64)
+    packed = Packed.of(x, 8, 64)
     step = packed.scales.float().repeat_interleave(64, 1)[:, :131]
     assert bool(((packed.dense() - x).abs() <= 0.5001 * step).all()) and torch.equal(packed.dense()[3, :64], x[3, :64])
-    assert bool((step <= x.abs().max() / (127 if bits == 8 else 7) * 1.02).all())
-    assert packed.nbytes == 5 * (131 if bits == 8 else 66) + 5 * 3 * 2
+    assert bool((step <= x.abs().max() / 127 * 1.02).all())
+    assert packed.nbytes == 5 * 131 + 5 * 3 * 2
+
+
+def test_four_bits_are_nearer_than_with_the_largest_number_as_scale():
+    x = torch.randn(40, 128, generator=generator(0)) * torch.logspace(-12, 3, 40)[:, None]
+    groups = x.reshape(40, 4, 32)
+    steps = groups.abs().amax(2, keepdim=True) / 7
+    plain = ((groups / steps).round() * steps - groups).square().sum((1, 2))
+    packed = Packed.of(x, 4, 32)
+    off = (packed.dense() - x).square().sum(1)
+    assert bool((off < plain).all() and off.sum() < 0.95 * plain.sum()) and packed.nbytes == 40 * (64 + 4 * 2)
 
 
 # --- 8: errors leave no trace --------------------------------------------------------------------------------------------------
@@ -592,8 +670,7 @@ def test_exported_to_peft_it_does_the_same(dtype: torch.dtype, rslora: bool, tmp
     ll.to_peft(adapter, tmp_path / "folder")
     adapter.detach()
     exported = PeftModel.from_pretrained(llama(), tmp_path / "folder")(ids).logits
-    tolerance = 1e-5 if dtype is torch.float32 else 1e-2  # a 16-bit adapter's own forward rounds to 16 bits
-    assert float((exported - want).abs().max()) < tolerance * float(want.abs().max())
+    assert float((exported - want).abs().max()) < 1e-5 * float(want.abs().max())  # of 16 bits too: a float32 base reads them exactly
     assert float((want - plain).abs().max()) > 0.05 * float(want.abs().max())
 
 

@@ -50,6 +50,7 @@ def renamed(contents: Contents, targets: Iterable[str], parameters: Iterable[str
         fingerprint = {**fingerprint, "targets": {layers.get(t, t): v for t, v in fingerprint["targets"].items()}}
     return dataclasses.replace(
         contents,
+        config=contents.config.renamed(layers),
         tensors={layers[t]: fields for t, fields in contents.tensors.items()},
         also={beside[n]: v for n, v in contents.also.items()},
         fingerprint=fingerprint,

@@ -15,10 +15,12 @@ from loguru import logger
 from tqdm import tqdm
 
 import lora_lite as ll
+from lora_lite.cli import subspace
 from lora_lite.cli.errors import UserError, asked_by_user
 
 app = typer.Typer(name="lora-lite", no_args_is_help=True, add_completion=False, help="Adapters with a dial, on unmodified models.")
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+app.add_typer(subspace.app)
 GIVEN_OR = {"r": 8, "alpha": 16.0}  # for variants that have them
 
 
@@ -129,6 +131,8 @@ def config_of(variant: str, given: dict[str, Any], more: list[str]) -> ll.Adapte
     """The variant's config. Raises UserError: an unknown variant or field, or a value that cannot be meant."""
     if variant not in ll.REGISTRY:
         raise UserError(f"--variant {variant}: there is none of that name; there are {', '.join(sorted(ll.REGISTRY))}")
+    if ll.REGISTRY[variant].needs_shared:
+        raise UserError(f"--variant {variant} trains on the bases of a subspace, which the demo has not: see lora-lite subspace --help")
     kind = ll.REGISTRY[variant].Config
     fields = {f.name for f in dataclasses.fields(kind)}
     values = {k: v for k, v in given.items() if v is not None} | dict(map(assignment, more))

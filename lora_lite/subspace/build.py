@@ -11,40 +11,44 @@ from loguru import logger
 from torch import Tensor
 
 from lora_lite.config import AdapterConfig
-from lora_lite.subspace.coefficients import Kind, Parts, as_cores, encode, flat_a, flat_b
-from lora_lite.subspace.frame import Frame, principal
-from lora_lite.subspace.source import Source, Update, lora_config, same_sizes
+from lora_lite.subspace.apart import cheaper
+from lora_lite.subspace.bases import joined
+from lora_lite.subspace.block import Block, blocks
+from lora_lite.subspace.coefficients import Kind, Parts, encode, flat_a, flat_b
+from lora_lite.subspace.frame import Choose, Frame, leading
+from lora_lite.subspace.packed import wide
+from lora_lite.subspace.source import Source, Update, check_finite, finite, lora_config, same_sizes
 from lora_lite.subspace.state import Layer, Missing, Policy, State
 from lora_lite.variants.lora import LoRAConfig
 
 
-def weighted(update: Update) -> tuple[Tensor, Tensor]:
-    """(Xb, Xa) in float64 with Xb Xb^T = dW dW^T and Xa Xa^T = dW^T dW: the update seen from each side, in no gauge."""
-    A, B = update.A.double(), update.B.double()
-    Ra, Rb = torch.linalg.qr(A.T, mode="r").R, torch.linalg.qr(B, mode="r").R
-    return update.scale * (B @ Ra.T), update.scale * (A.T @ Rb.T)
+def data(kind: Kind, together: Sequence[Block], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The rows whose leading directions are the basis, for each side."""
+    first = together[0]
+    if kind == "flat":
+        sizes = [sum(len(x.scale) for x in together)] * 2
+        widths = max(x.B[0].numel() for x in together), max(x.A[0].numel() for x in together)
+    else:
+        sizes, widths = [sum(len(x.scale) * x.r for x in together)] * 2, (first.B.shape[1], first.A.shape[2])
+    filled = [torch.empty(n, width, dtype=dtype, device=first.A.device) for n, width in zip(sizes, widths, strict=True)]
+    at = 0
+    for x in together:
+        sides = (flat_b(x.B, widths[0]), flat_a(x.A, widths[1])) if kind == "flat" else x.weighted(dtype)
+        for rows, own in zip(filled, sides, strict=True):
+            rows[at : at + len(own)] = own
+        at += len(sides[0])
+    return filled[0], filled[1]
 
 
-def data(kind: Kind, updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
-    """The columns whose leading directions are the basis, for each side."""
-    if kind != "flat":
-        sides = [weighted(u) for u in updates]
-        return torch.cat([b for b, _ in sides], dim=1), torch.cat([a for _, a in sides], dim=1)
-    wide_b, wide_a = max(u.B.numel() for u in updates), max(u.A.numel() for u in updates)
-    Xb, Xa = [flat_b(u.B, wide_b).double() for u in updates], [flat_a(u.A, wide_a).double() for u in updates]
-    return torch.stack(Xb, dim=1), torch.stack(Xa, dim=1)
-
-
-def by_policy(kind: Kind, policy: Policy, total: float | None = None) -> Callable[[Tensor], int]:
+def by_policy(kind: Kind, policy: Policy) -> Choose:
     """How many directions a side keeps, from its spectrum. A layer's explained variance is lost on both sides, so each side
     leaves out at most half of what may be left out."""
 
-    def choose(spectrum: Tensor) -> int:
+    def choose(spectrum: Tensor, total: float) -> int:
         if policy.num_components is not None:
             return min(policy.num_components, len(spectrum))
         share = policy.variance_threshold if kind == "flat" else (1 + policy.variance_threshold) / 2
-        whole = float(spectrum.sum()) if total is None else total
-        enough = spectrum.cumsum(0) >= share * whole * (1 - 1e-12)
+        enough = spectrum.cumsum(0) >= share * total * (1 - 1e-12)
         return min(int((~enough).sum()) + 1, len(spectrum))
 
     return choose
@@ -52,50 +56,34 @@ def by_policy(kind: Kind, policy: Policy, total: float | None = None) -> Callabl
 
 def build_layer(kind: Kind, policy: Policy, tasks: Sequence[str], updates: Sequence[Update], dtype: torch.dtype) -> Layer:
     d_in, d_out = updates[0].sizes
-    Xb, Xa = data(kind, updates)
-    frames = [side(kind, policy, X, dtype) for X in (Xb, Xa)]
+    together = list(blocks(updates))
+    frames = [side(kind, policy, X, dtype) for X in data(kind, together, precise(updates))]
     if kind == "diag":  # direction j of one side belongs to direction j of the other
         k = min(f.k for f in frames)
         frames = [f.cut(k) for f in frames]
     b, a = frames
-    coded = [tuple(p.to(dtype) for p in encode(kind, b, a, u.A, u.B)) for u in updates]
-    parts = tuple(torch.cat(column) for column in zip(*coded, strict=True))
-    energy = torch.stack([size(kind, u) for u in updates])
-    lost = torch.stack([error(kind, b, a, u, p, e) for u, p, e in zip(updates, coded, energy, strict=True)])
+    wide_b, wide_a = (dataclasses.replace(f, components=wide(f.components)) for f in frames)  # once for all
+    coded = [encode(kind, wide_b, wide_a, x, dtype) for x in together]
+    parts = tuple(torch.cat(column) for column in zip(*(c.parts for c in coded), strict=True))
+    energy = torch.cat([c.energy for c in coded])
+    lost = torch.cat([c.error for c in coded])
     ranks, scales = tuple(u.rank for u in updates), tuple(u.scale for u in updates)
     return Layer(d_in, d_out, b, a, tuple(tasks), ranks, scales, parts, energy.float(), lost.float())
 
 
+def check_values(module: str, tasks: Sequence[str], updates: Sequence[Update]) -> None:
+    """All at once, which takes a tenth of the time, and one by one where something is wrong."""
+    if not all(finite(x.A) and finite(x.B) and finite(x.scale) for x in blocks(updates)):
+        for task, update in zip(tasks, updates, strict=True):
+            check_finite(task, module, update)
+
+
 def side(kind: Kind, policy: Policy, X: Tensor, dtype: torch.dtype) -> Frame:
-    mean = X.mean(1) if kind == "flat" else None
-    U, energy, _ = principal(X if mean is None else X - mean[:, None], by_policy(kind, policy))
+    mean = X.mean(0) if kind == "flat" else None
+    if mean is not None:
+        X -= mean  # ours: `data` has made it
+    U, energy = leading(X, by_policy(kind, policy), policy.num_components)
     return Frame(U.to(dtype), None if mean is None else mean.to(dtype), energy.float())
-
-
-def size(kind: Kind, u: Update) -> Tensor:
-    """An update's squared size: that of dW, without forming it; in "flat" that of its factors."""
-    A, B = u.A.double(), u.B.double()
-    if kind == "flat":
-        return A.square().sum() + B.square().sum()
-    return u.scale**2 * ((B.T @ B) * (A @ A.T)).sum()
-
-
-def error(kind: Kind, b: Frame, a: Frame, u: Update, parts: Parts, energy: Tensor) -> Tensor:
-    """The squared error of these coefficients on these bases, whatever they are: |dW|^2 - 2 <dW, kept> + |kept|^2."""
-    if kind == "flat":
-        off_b, off_a = flat_b(u.B, b.d).double() - flat_vector(b, parts[0]), flat_a(u.A, a.d).double() - flat_vector(a, parts[1])
-        return off_b.square().sum() + off_a.square().sum()
-    core = as_cores(kind, parts, [u.rank])[0]
-    kb, ka = core.shape  # a diagonal may be smaller than its bases
-    seen = b.along(u.B)[:kb] @ a.along(u.A.T)[:ka].T
-    kept = b.metric[:kb, :kb] @ core @ a.metric[:ka, :ka]
-    return (energy + u.scale**2 * ((kept - 2 * seen) * core).sum()).clamp(min=0)
-
-
-def flat_vector(frame: Frame, loading: Tensor) -> Tensor:
-    mean = frame.centre()
-    assert mean is not None
-    return mean.double() + loading[0].double() @ frame.basis().double()
 
 
 def shared_modules(sources: Sequence[Source], missing: Missing) -> list[str]:
@@ -119,8 +107,16 @@ def shared_modules(sources: Sequence[Source], missing: Missing) -> list[str]:
     return common
 
 
-def build(sources: Sequence[Source], kind: Kind, policy: Policy, missing: Missing, dtype: torch.dtype | None) -> State:
+Progress = Callable[[int, int], None]  # (layers done, of how many)
+
+
+def build(
+    sources: Sequence[Source], kind: Kind, policy: Policy, missing: Missing, dtype: torch.dtype | None, progress: Progress | None = None
+) -> State:
     modules = shared_modules(sources, missing)
+    base = None
+    for s in sources:
+        base = joined(base, s.base, s.task)
     layers: dict[str, Layer] = {}
     first = policy if policy.budget_bytes is None else dataclasses.replace(policy, variance_threshold=1.0, num_components=None)
     for module in modules:
@@ -128,11 +124,15 @@ def build(sources: Sequence[Source], kind: Kind, policy: Policy, missing: Missin
         updates = [having[0].read(module)]
         for s in having[1:]:
             updates.append(same_sizes(s.task, module, s.read(module), updates[0].sizes, f"adapter {having[0].task!r}"))
+        check_values(module, [s.task for s in having], updates)
         held = dtype or precise(updates)
         layers[module] = build_layer(kind, first, [s.task for s in having], updates, held)
         del updates  # before the next layer's are read
-    state = State("flat" if kind == "flat" else "feature", kind, missing, policy, layers)
-    state = state if policy.budget_bytes is None else within_budget(state, policy.budget_bytes)
+        if progress is not None:
+            progress(len(layers), len(modules))
+    state = State("flat" if kind == "flat" else "feature", kind, missing, policy, layers, base=base)
+    if policy.budget_bytes is not None:
+        state = budgeted(state, policy.budget_bytes, sources, dtype)
     return dataclasses.replace(state, configs={s.task: config_of(state, s.task, s.base_config) for s in sources})
 
 
@@ -154,6 +154,29 @@ def precise(updates: Sequence[Update]) -> torch.dtype:
 
 
 # -- a budget -----------------------------------------------------------------------------------------------------------
+
+
+def budgeted(state: State, budget: int, sources: Sequence[Source], dtype: torch.dtype | None) -> State:
+    """Directions within the budget. Layers whose tasks' own factors lose less at the same bytes keep those, the worst half of them at a
+    time: what they leave unspent goes to the others, which may then be better shared."""
+    full, alone = dict(state.layers), dict[str, Layer]()
+    while full:
+        left = budget - sum(x.nbytes for layer in alone.values() for x in layer.stored())
+        shared = within_budget(dataclasses.replace(state, layers=full), left).layers
+        better = {} if state.kind == "flat" else {m: own for m, x in shared.items() if (own := own_factors(m, x, sources, dtype))}
+        if not better:
+            return dataclasses.replace(state, layers={m: alone.get(m) or shared[m] for m in state.layers})
+        gains = {m: float(shared[m].lost.double().sum() - own.lost.double().sum()) for m, own in better.items()}
+        for m in sorted(gains, key=gains.__getitem__, reverse=True)[: (len(gains) + 1) // 2]:
+            alone[m] = better[m]
+            del full[m]
+    return dataclasses.replace(state, layers={m: alone[m] for m in state.layers})
+
+
+def own_factors(module: str, shared: Layer, sources: Sequence[Source], dtype: torch.dtype | None) -> Layer | None:
+    """The tasks' factors, read again, where they lose less than the shared layer in no more bytes."""
+    updates = [s.read(module) for s in sources if s.task in shared.index]
+    return cheaper(shared, shared.tasks, updates, dtype or precise(updates))
 
 
 def within_budget(state: State, budget: int) -> State:

@@ -9,14 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lora_lite.subspace.build import build_layer, by_policy, config_of, error, precise, size, weighted
+from lora_lite.subspace.apart import Apart, as_parts, held_like, rounding
+from lora_lite.subspace.bases import joined
+from lora_lite.subspace.block import Block, block
+from lora_lite.subspace.build import build_layer, by_policy, config_of, precise
 from lora_lite.subspace.coefficients import Kind, Parts, as_cores, encode, flat_a, flat_b, mapped
-from lora_lite.subspace.frame import Frame, outside, upright
+from lora_lite.subspace.frame import Choose, Frame, outside, upright
 from lora_lite.subspace.packed import Packed, Stored, dense, wide
-from lora_lite.subspace.source import Source, Update, same_sizes
+from lora_lite.subspace.source import Source, Update, check_finite, same_sizes
 from lora_lite.subspace.state import Layer, State
 
-COEFFICIENT_GROUP, BASIS_GROUP = 64, 128  # numbers that share a scale; 2 bytes per 128 are 1.6% of an int8 basis
+# Numbers that share a scale of 2 bytes: by bits, for bases and for coefficients. Small groups are what four bits gain most by; with
+# these they are still 7.3 times smaller than float32.
+BASIS_GROUP, COEFFICIENT_GROUP = {8: 128, 4: 64}, {8: 64, 4: 32}
 
 
 class Grown(NamedTuple):
@@ -55,13 +60,15 @@ def absorb(state: State, source: Source) -> State:
 
 
 def admitted(state: State, source: Source) -> State:
-    return dataclasses.replace(state, configs={**state.configs, source.task: config_of(state, source.task, source.base_config)})
+    configs = {**state.configs, source.task: config_of(state, source.task, source.base_config)}
+    return dataclasses.replace(state, configs=configs, base=joined(state.base, source.base, source.task))
 
 
 def read_all(state: State, source: Source, new: bool = True) -> dict[str, Update]:
     """The source's updates for the layers of the state, all checked before anything is computed."""
     if source.task in state.configs:
         raise ValueError(f"a task {source.task!r} is there already; remove_task it first, or give another id")
+    joined(state.base, source.base, source.task)
     has = set(source.modules)
     absent, extra = [m for m in state.layers if m not in has], [m for m in source.modules if m not in state.layers]
     if absent and state.missing != "zero":
@@ -77,6 +84,7 @@ def read_all(state: State, source: Source, new: bool = True) -> dict[str, Update
         raise ValueError(f"adapter {source.task!r} has none of the layers of the subspace: {list(state.layers)[:3]}")
     updates = {m: source.read(m) for m in modules}
     for m, update in updates.items():
+        check_finite(source.task, m, update)
         if m in state.layers:
             layer = state.layers[m]
             same_sizes(source.task, m, update, (layer.d_in, layer.d_out), "the subspace")
@@ -89,31 +97,39 @@ def read_all(state: State, source: Source, new: bool = True) -> dict[str, Update
 
 
 def absorbed(state: State, layer: Layer, task: str, update: Update) -> Layer:
+    if isinstance(layer, Apart):
+        return appended(layer, task, update)
     kind = state.kind
-    grown_b, grown_a = grown(kind, layer, update)
+    brought = block([update])
+    grown_b, grown_a = grown(kind, layer, brought)
     carried = carry(kind, layer, grown_b, grown_a)
     b, a = (Frame(g.components, g.mean, torch.empty(0)) for g in (grown_b, grown_a))
-    own = encode(kind, b, a, update.A, update.B)
-    parts = tuple(torch.cat([old, new]) for old, new in zip(carried, own, strict=True))
-    energy = torch.cat([layer.energy.double(), size(kind, update)[None].to(layer.energy.device)])
-    entry = error(kind, b, a, update, own, energy[-1])  # zero but for rounding: its directions are all there
-    lost = torch.cat([layer.lost.double(), entry[None]])
+    own = encode(kind, b, a, brought)
+    parts = tuple(torch.cat([old, new]) for old, new in zip(carried, own.parts, strict=True))
+    energy = torch.cat([layer.energy.double(), own.energy])
+    lost = torch.cat([layer.lost.double(), own.error])  # the new one's is zero but for rounding: its directions are all there
     whole = dataclasses.replace(
         layer, tasks=(*layer.tasks, task), ranks=(*layer.ranks, update.rank), scales=(*layer.scales, update.scale), energy=energy.float()
     )
     return truncated(state, whole, (grown_b, grown_a), parts, lost)
 
 
-def grown(kind: Kind, layer: Layer, update: Update) -> tuple[Grown, Grown]:
+def appended(layer: Apart, task: str, update: Update) -> Layer:
+    parts = as_parts(update)
+    off = rounding([update.rank], [update.scale], parts, held_like(parts, layer.parts))
+    return layer.joined("factors", task, update.rank, update.scale, parts, float(block([update]).energy), float(off))
+
+
+def grown(kind: Kind, layer: Layer, new: Block) -> tuple[Grown, Grown]:
     """Both sides with the update's directions added: residual QR."""
     if kind != "flat":
-        Xb, Xa = weighted(update)
-        return grow(layer.b, Xb), grow(layer.a, Xa)
+        Xb, Xa = new.weighted(torch.float64)
+        return grow(layer.b, Xb.T), grow(layer.a, Xa.T)
     n = len(layer.tasks)
-    wide_b, wide_a = widened(layer.b, update.B.numel()), widened(layer.a, update.A.numel())
+    wide_b, wide_a = widened(layer.b, new.B.numel()), widened(layer.a, new.A.numel())
     return (
-        grow_centred(wide_b, flat_b(update.B, wide_b.d).double(), n),
-        grow_centred(wide_a, flat_a(update.A, wide_a.d).double(), n),
+        grow_centred(wide_b, flat_b(new.B, wide_b.d)[0].double(), n),
+        grow_centred(wide_a, flat_a(new.A, wide_a.d)[0].double(), n),
     )
 
 
@@ -166,7 +182,8 @@ def carry(kind: Kind, layer: Layer, b: Grown, a: Grown) -> Parts:
 def truncated(state: State, layer: Layer, sides: tuple[Grown, Grown], parts: Parts, lost: Tensor) -> Layer:
     """Onto the leading directions of all tasks together; what each task loses is added to its bound."""
     kind, dtype = state.kind, layer.b.basis().dtype
-    turned = [leading(g.scatter, by_policy(kind, state.policy, explained_of(kind, layer, g))) for g in sides]
+    choices = [as_many(f) if state.policy.budget_bytes is not None else by_policy(kind, state.policy) for f in (layer.b, layer.a)]
+    turned = [strongest(g.scatter, choose, explained_of(kind, layer)) for g, choose in zip(sides, choices, strict=True)]
     (Rb, energy_b), (Ra, energy_a) = turned
     kept = mapped(kind, parts, Rb, Ra)
     gone = (layer.measure(kind, parts) - layer.measure(kind, kept)).clamp(min=0)
@@ -178,16 +195,21 @@ def truncated(state: State, layer: Layer, sides: tuple[Grown, Grown], parts: Par
     return dataclasses.replace(layer, b=b, a=a, parts=tuple(p.to(dtype) for p in kept), lost=bound.float())
 
 
-def explained_of(kind: Kind, layer: Layer, side: Grown) -> float | None:
+def as_many(frame: Frame) -> Choose:
+    """Under a budget each side keeps the number of directions it was given; the threshold was not what chose it."""
+    return lambda spectrum, total: min(max(1, frame.k), len(spectrum))
+
+
+def explained_of(kind: Kind, layer: Layer) -> float | None:
     """What a threshold is a share of: all that was ever given, not only what is still there."""
     return float(layer.energy.double().sum()) if kind != "flat" else None
 
 
-def leading(scatter: Tensor, choose: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+def strongest(scatter: Tensor, choose: Choose, total: float | None) -> tuple[Tensor, Tensor]:
     """(R (k + q, k'), energies (k',)): the rotation onto the strongest directions."""
     values, vectors = torch.linalg.eigh(scatter)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    k = choose(values)
+    k = choose(values, float(values.sum()) if total is None else total)
     return vectors[:, :k], values[:k]
 
 
@@ -208,9 +230,13 @@ def quantised(state: State, bits: int) -> State:
 
 
 def quantised_layer(kind: Kind, layer: Layer, bits: int) -> Layer:
+    if isinstance(layer, Apart):
+        if layer.held == f"int{bits}":
+            return layer
+        return layer.with_parts(tuple(Packed.of(dense(p), bits, BASIS_GROUP[bits]) for p in layer.parts))
     b, a = quantised_frame(layer.b, bits), quantised_frame(layer.a, bits)
     parts = layer.all_parts() if kind == "diag" else mapped(kind, layer.all_parts(), refit(layer.b, b), refit(layer.a, a))
-    new = dataclasses.replace(layer, b=b, a=a, parts=tuple(Packed.of(p, bits, COEFFICIENT_GROUP) for p in parts))
+    new = dataclasses.replace(layer, b=b, a=a, parts=tuple(Packed.of(p, bits, COEFFICIENT_GROUP[bits]) for p in parts))
     lost = (layer.lost.double().sqrt() + distances(kind, layer, new).sqrt()).square()
     return dataclasses.replace(new, lost=lost.float())
 
@@ -235,8 +261,8 @@ def flat_rows(frame: Frame, loadings: Tensor) -> Tensor:
 
 
 def quantised_frame(frame: Frame, bits: int) -> Frame:
-    mean = None if frame.mean is None else Packed.of(dense(frame.mean)[None], bits, BASIS_GROUP)
-    return Frame(Packed.of(frame.basis(), bits, BASIS_GROUP), mean, frame.energy)
+    mean = None if frame.mean is None else Packed.of(dense(frame.mean)[None], bits, BASIS_GROUP[bits])
+    return Frame(Packed.of(frame.basis(), bits, BASIS_GROUP[bits]), mean, frame.energy)
 
 
 def refit(old: Frame, new: Frame) -> Tensor:
@@ -261,6 +287,8 @@ def moved(state: State, device: torch.device | None, dtype: torch.dtype | None) 
 
 
 def dequantised(kind: Kind, layer: Layer) -> Layer:
+    if isinstance(layer, Apart):
+        return dataclasses.replace(layer, parts=layer.all_parts())
     if kind == "diag":
         plain = [Frame(f.basis(), f.centre(), f.energy) for f in (layer.b, layer.a)]
         return dataclasses.replace(layer, b=plain[0], a=plain[1], parts=layer.all_parts())

@@ -12,13 +12,16 @@ Tasks lie one after another in the rows of each tensor ("parts"): one row per ta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 
+from lora_lite.subspace.block import Block
 from lora_lite.subspace.frame import Frame
+from lora_lite.subspace.packed import wide
 
 Kind = Literal["core", "factors", "diag", "flat"]
 Parts = tuple[Tensor, ...]
@@ -33,40 +36,65 @@ def rows(kind: Kind, ranks: Sequence[int], i: int) -> slice:
     return slice(start, start + ranks[i])
 
 
-def encode(kind: Kind, b: Frame, a: Frame, A: Tensor, B: Tensor) -> Parts:
-    """The coefficients of B A (alpha not in it), in float64: the nearest update that the bases can hold."""
+class Coded(NamedTuple):
+    """What the bases hold of some updates, in float64.
+
+    parts  their coefficients (alpha not in them): the nearest updates that the bases can hold
+    energy (n,) the squared size of the updates, in "flat" of their factors
+    error  (n,) the squared error of what these parts stand for, whatever they are: |dW|^2 - 2 <dW, kept> + |kept|^2
+    """
+
+    parts: Parts
+    energy: Tensor
+    error: Tensor
+
+
+def encode(kind: Kind, b: Frame, a: Frame, block: Block, dtype: torch.dtype = torch.float64) -> Coded:
+    """The coefficients rounded to `dtype`, and the error that they have then."""
     if kind == "flat":
-        return flat_loading(b, flat_b(B, b.d)), flat_loading(a, flat_a(A, a.d))
-    left, right = b.coordinates(B), a.coordinates(A.T)
+        return encode_flat(b, a, block, dtype)
+    left, right = b.coordinates(block.B), a.coordinates(block.A.transpose(1, 2))
+    core = left @ right.transpose(1, 2)
+    seen = b.metric @ core @ a.metric  # <u_i v_j^T, B A>
     if kind == "factors":
-        return left.T.contiguous(), right.T.contiguous()
-    core = left @ right.T
-    if kind == "core":
-        return (core[None],)
-    return (nearest_diagonal(b, a, core)[None],)
+        parts: Parts = (left.transpose(1, 2).flatten(0, 1), right.transpose(1, 2).flatten(0, 1))
+    else:
+        parts = (core,) if kind == "core" else (nearest_diagonal(b, a, seen),)
+    parts = tuple(p.to(dtype).contiguous() for p in parts)  # strides decide last bits, and a loaded state has plain ones
+    held = as_cores(kind, parts, [block.r] * len(core))
+    kb, ka = held.shape[1:]  # a diagonal may be smaller than its bases
+    kept = b.metric[:kb, :kb] @ held @ a.metric[:ka, :ka]
+    off = block.energy + block.scale.square() * ((kept - 2 * seen[:, :kb, :ka]) * held).sum((1, 2))
+    return Coded(parts, block.energy, off.clamp(min=0))
 
 
-def nearest_diagonal(b: Frame, a: Frame, core: Tensor) -> Tensor:
-    """Least squares also where quantising bent the bases: (Gb * Ga) d = diag(Gb core Ga)."""
+def nearest_diagonal(b: Frame, a: Frame, seen: Tensor) -> Tensor:
+    """(n, k). Least squares also where quantising bent the bases: (Gb * Ga) d = diag(Gb core Ga)."""
     k = min(b.k, a.k)
-    Gb, Ga = b.metric, a.metric
-    return torch.linalg.solve(Gb[:k, :k] * Ga[:k, :k], (Gb @ core @ Ga).diagonal()[:k])
+    return torch.linalg.solve(b.metric[:k, :k] * a.metric[:k, :k], seen.diagonal(dim1=1, dim2=2)[:, :k].T).T
 
 
-def flat_loading(frame: Frame, vector: Tensor) -> Tensor:
-    mean = frame.centre()
-    assert mean is not None
-    return frame.coordinates((vector.double() - mean.double())[:, None]).T
+def encode_flat(b: Frame, a: Frame, block: Block, dtype: torch.dtype) -> Coded:
+    parts, energy, off = [], torch.zeros_like(block.scale), torch.zeros_like(block.scale)
+    for frame, rows in ((b, flat_b(block.B, b.d)), (a, flat_a(block.A, a.d))):
+        mean = frame.centre()
+        assert mean is not None
+        rest = rows.double()
+        energy += torch.linalg.vector_norm(rest, dim=1).square()
+        rest = rest - mean.double()
+        parts.append(frame.coordinates(rest.T).T.to(dtype))
+        off += torch.linalg.vector_norm(rest.addmm_(parts[-1].double(), wide(frame.components), alpha=-1), dim=1).square()
+    return Coded(tuple(parts), energy, off)
 
 
-def flat_a(A: Tensor, width: int) -> Tensor:
-    """A (r, d_in) row by row, zeros behind where another task has a larger rank."""
-    return F.pad(A.reshape(-1), (0, width - A.numel()))
+def flat_a(A: Float[Tensor, "n r d_in"], width: int) -> Float[Tensor, "n width"]:
+    """Row by row, zeros behind where another task has a larger rank."""
+    return F.pad(A.flatten(1), (0, width - A[0].numel()))
 
 
-def flat_b(B: Tensor, width: int) -> Tensor:
+def flat_b(B: Float[Tensor, "n d_out r"], width: int) -> Float[Tensor, "n width"]:
     """B^T row by row, so that padding the rank pads the end."""
-    return F.pad(B.T.reshape(-1), (0, width - B.numel()))
+    return flat_a(B.transpose(1, 2), width)
 
 
 def expand(kind: Kind, parts: Parts, b: Frame, a: Frame, r: int, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -101,12 +129,12 @@ def compact(kind: Kind, parts: Parts, b: Frame, a: Frame, r: int, sizes: tuple[i
 
 def mapped(kind: Kind, parts: Parts, Tb: Tensor, Ta: Tensor) -> Parts:
     """Coefficients in other coordinates, in float64: those along old direction j become row j of T (k_old, k_new)."""
-    wide = tuple(p.double() for p in parts)
+    parts = tuple(p.double() for p in parts)
     if kind == "core":
-        return (Tb.T @ wide[0] @ Ta,)
+        return (Tb.T @ parts[0] @ Ta,)
     if kind == "diag":
         raise ValueError('coefficients="diag" cannot be carried to another basis; build with coefficients="core" to absorb')
-    return wide[0] @ Tb, wide[1] @ Ta
+    return parts[0] @ Tb, parts[1] @ Ta
 
 
 def padded(kind: Kind, parts: Parts, kb: int, ka: int) -> Parts:

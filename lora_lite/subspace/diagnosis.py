@@ -10,11 +10,13 @@ from torch import Tensor
 
 from lora_lite.adapter import Adapter
 from lora_lite.lowrank import LowRank
-from lora_lite.subspace.build import weighted
+from lora_lite.subspace.apart import Apart
+from lora_lite.subspace.block import block, blocks
+from lora_lite.subspace.build import Progress, data
 from lora_lite.subspace.coefficients import encode
-from lora_lite.subspace.frame import Frame, principal
+from lora_lite.subspace.frame import Frame, leading
 from lora_lite.subspace.packed import Packed
-from lora_lite.subspace.source import AdapterSource, Update
+from lora_lite.subspace.source import PathLike, Update, source_of
 from lora_lite.subspace.state import Layer, State
 
 SAMPLED = 8  # tasks left out in turn: each costs a basis of all the others
@@ -56,16 +58,20 @@ class Verdict:
         return f"{first}; the cheapest at this error is {best}"
 
 
-def diagnose(state: State, adapters: Mapping[str, Adapter] | None, seed: int) -> dict[str, Verdict]:
+def diagnose(
+    state: State, adapters: Mapping[str, Adapter | PathLike] | None, seed: int, progress: Progress | None = None
+) -> dict[str, Verdict]:
     if state.space == "flat":
         raise ValueError('diagnose() measures directions of dW, which space="flat" does not keep; build with space="feature"')
     if adapters is not None and set(adapters) != set(state.configs):
         raise ValueError(f"diagnose() needs the adapters of {list(state.configs)[:5]}, got {list(adapters)[:5]}")
-    sources = None if adapters is None else {t: AdapterSource(t, a) for t, a in adapters.items()}
+    sources = None if adapters is None else {t: source_of(t, a) for t, a in adapters.items()}
     generator = torch.Generator().manual_seed(seed)
     found = {}
-    for m, layer in state.layers.items():
-        if len(layer.tasks) < 2:
+    for done, (m, layer) in enumerate(state.layers.items(), 1):
+        if progress is not None:
+            progress(done, len(state.layers))
+        if len(layer.tasks) < 2 or isinstance(layer, Apart):
             continue
         updates = [as_update(layer.update(state.kind, t)) if sources is None else sources[t].read(m) for t in layer.tasks]
         found[m] = verdict(layer, updates, sources is not None, generator)
@@ -92,16 +98,15 @@ def verdict(layer: Layer, updates: Sequence[Update], originals: bool, generator:
 
 
 def bases(updates: Sequence[Update], kb: int, ka: int) -> tuple[Frame, Frame]:
-    sides = [weighted(u) for u in updates]
     found = []
-    for i, k in ((0, kb), (1, ka)):
-        U, energy, _ = principal(torch.cat([s[i] for s in sides], dim=1), lambda spectrum, k=k: min(k, len(spectrum)))
+    for X, k in zip(data("core", list(blocks(updates)), torch.float64), (kb, ka), strict=True):
+        U, energy = leading(X, lambda spectrum, total, k=k: min(k, len(spectrum)), k)
         found.append(Frame(U, None, energy))
     return found[0], found[1]
 
 
 def core(b: Frame, a: Frame, u: Update) -> Tensor:
-    return u.scale * encode("core", b, a, u.A, u.B)[0][0]
+    return u.scale * encode("core", b, a, block([u])).parts[0][0]
 
 
 def energy(u: Update) -> float:

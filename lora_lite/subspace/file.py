@@ -32,6 +32,7 @@ from lora_lite.checkpoint import (
     shown,
     strict_json,
 )
+from lora_lite.subspace.apart import Apart
 from lora_lite.subspace.coefficients import Kind
 from lora_lite.subspace.frame import Frame
 from lora_lite.subspace.packed import Packed, Stored
@@ -84,26 +85,30 @@ def tensors(state: State) -> dict[str, Tensor]:
 
 def described(state: State) -> dict[str, Any]:
     """Everything but the tensors. Configs and lists of tasks that repeat are written once."""
-    configs: dict[str, int] = {}
+    texts: dict[str, int] = {}
     lists: dict[tuple[Any, ...], int] = {}
     tasks = list(state.configs)
     number = {t: i for i, t in enumerate(tasks)}
-    own = [configs.setdefault(c.to_json(), len(configs)) for c in state.configs.values()]
+    own, last = [], None
+    for c in state.configs.values():  # most are as the one before: comparing is a tenth of writing out
+        own.append(own[-1] if c == last else texts.setdefault(c.to_json(), len(texts)))
+        last = c
     layers = []
     for name, x in state.layers.items():
         having = (tuple(number[t] for t in x.tasks), x.ranks, x.scales)
-        layers.append({"name": name, "d_in": x.d_in, "d_out": x.d_out, "having": lists.setdefault(having, len(lists)), "shapes": shapes(x)})
+        which = lists.setdefault(having, len(lists))
+        layers.append({"name": name, "d_in": x.d_in, "d_out": x.d_out, "having": which, "shapes": shapes(x), "apart": isinstance(x, Apart)})
     policy = {k: getattr(state.policy, k) for k in ("variance_threshold", "num_components", "budget_bytes")}
     return {
-        "space": state.space, "kind": state.kind, "missing": state.missing, "bits": state.bits, "policy": policy,
-        "tasks": tasks, "config_of": own, "configs": [json.loads(c) for c in configs],
+        "space": state.space, "kind": state.kind, "missing": state.missing, "bits": state.bits, "policy": policy, "base": state.base,
+        "tasks": tasks, "config_of": own, "configs": [json.loads(c) for c in texts],
         "having": [{"tasks": t, "ranks": r, "scales": s} for t, r, s in lists], "layers": layers,
     }  # fmt: skip
 
 
 def shapes(layer: Layer) -> list[Any]:
-    """Of what is packed, whose integers do not tell: [shape, group] by the order of `Layer.numbers`."""
-    return [[list(x.shape), x.group] if isinstance(x, Packed) else None for x in layer.numbers()]
+    """Of what is packed, whose integers do not tell: [shape, group, bits] by the order of `Layer.numbers`."""
+    return [[list(x.shape), x.group, x.bits] if isinstance(x, Packed) else None for x in layer.numbers()]
 
 
 def read(path: str | os.PathLike[str]) -> State:
@@ -154,7 +159,10 @@ def restored(said: dict[str, Any], flat: dict[str, Tensor]) -> State:
     if left or len(layers) < len(said["layers"]):
         raise ValueError(f"tensors that no layer has: {sorted(left)[:5]}")
     by_task = {t: configs[c] for t, c in zip(tasks, said["config_of"], strict=True)}
-    return State(said["space"], kind, said["missing"], Policy(**said["policy"]), layers, by_task, said["bits"])
+    base = said.get("base")
+    if base is not None and not isinstance(base["targets"], dict):
+        raise ValueError("the fingerprint of its base has no layers")
+    return State(said["space"], kind, said["missing"], Policy(**said["policy"]), layers, by_task, said["bits"], base)
 
 
 def layer_from(i: int, x: dict[str, Any], said: dict[str, Any], tasks: list[str], kind: Kind, flat: dict[str, Tensor]) -> Layer:
@@ -165,15 +173,15 @@ def layer_from(i: int, x: dict[str, Any], said: dict[str, Any], tasks: list[str]
         values = flat.pop(f"{i}.{name}")
         if shape is None:
             return values
-        return unpacked(values, flat.pop(f"{i}.{name}.scales"), tuple(shape[0]), said["bits"], shape[1])
+        return unpacked(values, flat.pop(f"{i}.{name}.scales"), tuple(shape[0]), shape[2], shape[1])
 
     components = [take(f"{side}.components") for side in "ba"]
     means = [take(f"{side}.mean") if kind == "flat" else None for side in "ba"]
-    parts = tuple(take(f"parts.{j}") for j in range(PARTS[kind]))
+    parts = tuple(take(f"parts.{j}") for j in range(2 if x["apart"] else PARTS[kind]))
     b, a = (Frame(c, m, flat.pop(f"{i}.{side}.energy")) for side, c, m in zip("ba", components, means, strict=True))
     having = said["having"][x["having"]]
     own = tuple(tasks[t] for t in having["tasks"])
-    layer = Layer(
+    layer = (Apart if x["apart"] else Layer)(
         x["d_in"], x["d_out"], b, a, own, tuple(having["ranks"]), tuple(map(float, having["scales"])), parts,
         flat.pop(f"{i}.energy"), flat.pop(f"{i}.lost"),
     )  # fmt: skip
@@ -185,6 +193,8 @@ def unpacked(values: Tensor, scales: Tensor, shape: tuple[int, ...], bits: int, 
     width = 1
     for n in shape[1:]:
         width *= n
+    if bits not in (4, 8):
+        raise ValueError(f"{bits} bits")
     expected = (shape[0], width if bits == 8 else -(-width // 2)), (shape[0], -(-width // group))
     dtypes = (torch.int8 if bits == 8 else torch.uint8, torch.bfloat16)
     if (tuple(values.shape), tuple(scales.shape)) != expected or (values.dtype, scales.dtype) != dtypes:
@@ -200,7 +210,7 @@ def check_layer(kind: Kind, x: Layer) -> None:
     else:
         sizes_fit = (x.b.d, x.a.d) == (x.d_out, x.d_in)
     total = sum(x.ranks)
-    want = {
+    want = [(total, x.d_out), (total, x.d_in)] if isinstance(x, Apart) else {
         "core": [(n, kb, ka)], "diag": [(n, min(kb, ka))], "factors": [(total, kb), (total, ka)], "flat": [(n, kb), (n, ka)],
     }[kind]  # fmt: skip
     lengths = {len(x.ranks), len(x.scales), len(x.energy), len(x.lost), len(set(x.tasks))}

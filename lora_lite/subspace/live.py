@@ -1,45 +1,46 @@
-"""How does a task of a subspace go onto a model to be trained there, and come back?"""
+"""How does a task of a subspace go onto a model to be trained there (`ll.attach(model, SharedConfig(), shared=sub)`), and come back?"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
+from lora_lite.subspace.apart import Apart
 from lora_lite.subspace.coefficients import Kind, Parts, as_cores, padded
 from lora_lite.subspace.state import Layer, State
-from lora_lite.subspace.training import Place, Trainable, basis_hash, expanded
+from lora_lite.subspace.training import Place, Trainable, basis_hash, expanded, on_bases
 from lora_lite.variants.shared import SharedConfig, small
 
 FIELDS = {"core": ("lora_core",), "diag": ("lora_diag",), "factors": ("lora_Y", "lora_X"), "flat": ("lora_y", "lora_x")}
-FROZEN = {"flat": ("lora_comps_B", "lora_comps_A", "lora_mean_B", "lora_mean_A")}
+PLACES = [f.name for f in dataclasses.fields(AdapterConfig) if f.name != "dtype"]
+Sizes = Mapping[str, tuple[int, int]]
 
 
-def live(state: State, config: AdapterConfig, targets: Sequence[str] | None, name: str, seed: int | None) -> Adapter:
-    """A detached adapter of variant "shared" on this subspace's bases: `sub.live(config).put_on(model)`."""
-    if not isinstance(config, SharedConfig):
-        raise TypeError(f"shared= goes with SharedConfig(train=...), got {type(config).__name__}")
+def starting(state: State, config: AdapterConfig, sizes: Sizes, seed: int | None) -> tuple[SharedConfig, dict[str, dict[str, Tensor]]]:
+    """What `ll.attach(model, config, shared=sub)` puts on the layers that the subspace has among `sizes`."""
+    assert isinstance(config, SharedConfig)
     check_train(state, config)
-    modules = [m for m in state.layers if targets is None or m in set(targets)]
-    if config.task is not None:
-        modules = [m for m in modules if config.task in state.layers[m].index]
-    if not modules:
-        raise ValueError(
-            f"none of the targets is a layer of the subspace; it has {list(state.layers)[:5]}, asked for {list(targets or ())[:5]}"
-        )
-    generator = torch.Generator().manual_seed(seed if seed is not None else int(torch.randint(2**62, ())))
+    modules = [m for m in sizes if m in layers_for(state, config)]
+    check_places(state, config, sizes, modules)
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
     tensors, rooms = {}, {}
     for m in modules:
         tensors[m], rooms[m] = layer_tensors(state, state.layers[m], config, generator)
-    made = dataclasses.replace(
-        config, rooms=rooms, basis_id=f"{len(state.configs)} tasks, {len(modules)} layers", basis_hash=basis_hash(state, modules)
-    )
-    return Adapter(made, tensors, {m: (state.layers[m].d_in, state.layers[m].d_out) for m in modules}, name=name)
+    made = f"{len(state.configs)} tasks, {len(modules)} layers"
+    return dataclasses.replace(config, rooms=rooms, basis_id=made, basis_hash=basis_hash(state, modules)), tensors
+
+
+def layers_for(state: State, config: SharedConfig) -> dict[str, Layer]:
+    found = {m: layer for m, layer in state.layers.items() if config.task is None or config.task in layer.index}
+    if config.task is not None:
+        on_bases(found, config.task)
+    return {m: layer for m, layer in found.items() if not isinstance(layer, Apart)}
 
 
 def check_train(state: State, config: SharedConfig) -> None:
@@ -51,24 +52,43 @@ def check_train(state: State, config: SharedConfig) -> None:
         raise ValueError(f'train={config.train!r} cannot start at a task kept as {state.kind!r}; train="core" can')
 
 
+def check_places(state: State, config: SharedConfig, sizes: Sizes, modules: Sequence[str]) -> None:
+    """Layers that were asked for and are not in the subspace, or are of another size; and the other way round, where no config narrows."""
+    have, default = layers_for(state, config), SharedConfig()
+    odd = [f"{m} {sizes[m]}, in the subspace {(have[m].d_in, have[m].d_out)}" for m in modules if sizes[m] != (have[m].d_in, have[m].d_out)]
+    lacking = [m for m in sizes if m not in have] if config.targets != default.targets else []
+    narrowed = any(getattr(config, name) != getattr(default, name) for name in PLACES)
+    absent = [] if narrowed else [m for m in have if m not in sizes]
+    problems = [
+        *([f"none of its layers is among the targets, e.g. {list(sizes)[:2]}; it has {list(have)[:2]}"] if not modules else []),
+        *([f"{len(odd)} layers are of other sizes (d_in, d_out): {odd[:2]}"] if odd else []),
+        *([f"targets={config.targets!r} names {len(lacking)} layers that it lacks: {lacking[:3]}"] if lacking and modules else []),
+        *([f"the model lacks {len(absent)} of its layers (or `exclude` leaves them out): {absent[:3]}"] if absent and modules else []),
+    ]
+    if problems:
+        raise ValueError(f"this subspace does not fit: {'; '.join(problems)}")
+
+
 def layer_tensors(
-    state: State, layer: Layer, config: SharedConfig, generator: torch.Generator
+    state: State, layer: Layer, config: SharedConfig, generator: torch.Generator | None
 ) -> tuple[dict[str, Tensor], tuple[float, ...]]:
+    """Copies, so that nothing which happens to an adapter reaches the subspace."""
     b, a = expanded(layer.b, config.expand, generator), expanded(layer.a, config.expand, generator)
-    r, scale = beginning(state, layer, config)
-    tensors = {"lora_U": b.basis(), "lora_V": a.basis()}
-    widest = 0
+    r, scale = beginning(layer, config)
+    frozen, widest = {"lora_B": b.basis().T, "lora_A": a.basis()}, 0
     if config.train == "flat":
         mb, ma = b.centre(), a.centre()
         assert mb is not None and ma is not None
-        tensors, widest = dict(zip(FROZEN["flat"], (b.basis(), a.basis(), mb, ma), strict=True)), b.d // layer.d_out
-    start = padded(config.train, starting(state, layer, config, r, generator), b.k, a.k)
+        frozen = {"lora_comps_B": b.basis(), "lora_comps_A": a.basis(), "lora_mean_B": mb, "lora_mean_A": ma}
+        widest = b.d // layer.d_out
+    start = padded(config.train, beginnings(state, layer, config, r, generator), b.k, a.k)
     own = start if config.train == "factors" else tuple(p[0] for p in start)
-    wanted = {n: v.to(config.dtype) for n, v in tensors.items()}
-    return wanted | {n: v.to(config.dtype) for n, v in zip(FIELDS[config.train], own, strict=True)}, (b.k, a.k, r, scale, widest)
+    tensors = dict(zip(FIELDS[config.train], own, strict=True)) | frozen
+    copied = {n: v.to(config.dtype, copy=True, memory_format=torch.contiguous_format) for n, v in tensors.items()}
+    return copied, (b.k, a.k, r, scale, widest)
 
 
-def beginning(state: State, layer: Layer, config: SharedConfig) -> tuple[int, float]:
+def beginning(layer: Layer, config: SharedConfig) -> tuple[int, float]:
     """Rank and scale: the task's, else (flat) what most tasks have, since the mean is theirs, else r and 1."""
     if config.task is not None:
         i = layer.index[config.task]
@@ -78,7 +98,7 @@ def beginning(state: State, layer: Layer, config: SharedConfig) -> tuple[int, fl
     return config.r, 1.0
 
 
-def starting(state: State, layer: Layer, config: SharedConfig, r: int, generator: torch.Generator) -> Parts:
+def beginnings(state: State, layer: Layer, config: SharedConfig, r: int, generator: torch.Generator | None) -> Parts:
     kb, ka, device = layer.b.k, layer.a.k, layer.lost.device
     if config.task is not None:
         own = layer.own(state.kind, config.task)
@@ -104,8 +124,9 @@ def as_trainable(state: State, adapter: Adapter, task_id: str) -> Trainable:
     for m, fields in adapter.tensors().items():
         layer, (kb, ka, r, scale, _) = state.layers[m], config.at(m, 0, 0).room
         detached = {n: v.detach().to(layer.lost.device) for n, v in fields.items()}
-        names = FROZEN["flat"][:2] if config.train == "flat" else ("lora_U", "lora_V")
-        b, a = (f.padded(detached[n][f.k :]) for f, n in zip((layer.b, layer.a), names, strict=True))
+        flat = config.train == "flat"
+        wide_b, wide_a = (detached["lora_comps_B"], detached["lora_comps_A"]) if flat else (detached["lora_B"].T, detached["lora_A"])
+        b, a = layer.b.padded(wide_b[layer.b.k :]), layer.a.padded(wide_a[layer.a.k :])
         assert (b.k, a.k) == (kb, ka)
         bases = (layer.b.components, layer.a.components)
         places[m] = Place(bases, b if kb > layer.b.k else layer.b, a if ka > layer.a.k else layer.a, r, scale, (layer.d_in, layer.d_out))

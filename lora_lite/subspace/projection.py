@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_lite.config import AdapterConfig
-from lora_lite.subspace.build import config_of, error, size
-from lora_lite.subspace.change import read_all
+from lora_lite.subspace.apart import Apart, as_parts
+from lora_lite.subspace.bases import joined
+from lora_lite.subspace.block import block
+from lora_lite.subspace.build import config_of
+from lora_lite.subspace.change import appended, read_all
 from lora_lite.subspace.coefficients import Kind, Parts, encode
 from lora_lite.subspace.packed import Stored
 from lora_lite.subspace.source import Source
@@ -40,6 +45,7 @@ class TaskProjection:
     kind: Kind
     layers: Mapping[str, Caught]
     config: AdapterConfig
+    base: Mapping[str, Any] | None = None
 
     @property
     def coverage(self) -> float:
@@ -69,13 +75,16 @@ def project(state: State, source: Source, task_id: str) -> TaskProjection:
     caught = {}
     for m, u in updates.items():
         layer = state.layers[m]
-        parts = encode(state.kind, layer.b, layer.a, u.A, u.B)
-        if state.bits is None:
-            parts = tuple(p.to(layer.b.basis().dtype) for p in parts)
-        energy = size(state.kind, u)
-        off = error(state.kind, layer.b, layer.a, u, parts, energy)
-        caught[m] = Caught(parts, u.rank, u.scale, float(energy), float(off), (layer.b.components, layer.a.components))
-    return TaskProjection(task_id, state.kind, caught, source.base_config)
+        if isinstance(layer, Apart):
+            one = appended(layer, task_id, u)
+            bases = (layer.b.components, layer.a.components)
+            caught[m] = Caught(as_parts(u), u.rank, u.scale, float(one.energy[-1]), float(one.lost[-1]), bases)
+            continue
+        alone = block([u])
+        coded = encode(state.kind, layer.b, layer.a, alone, torch.float64 if state.bits is not None else layer.b.basis().dtype)
+        bases = (layer.b.components, layer.a.components)
+        caught[m] = Caught(coded.parts, u.rank, u.scale, float(coded.energy), float(coded.error), bases)
+    return TaskProjection(task_id, state.kind, caught, source.base_config, source.base)
 
 
 def same_bases(c: Caught, layer: Layer) -> bool:
@@ -95,4 +104,5 @@ def added(state: State, p: TaskProjection) -> State:
     for m, c in p.layers.items():
         layers[m] = layers[m].joined(p.kind, p.task_id, c.rank, c.scale, c.parts, c.energy, c.error)
     state = dataclasses.replace(state, layers=layers)
-    return dataclasses.replace(state, configs={**state.configs, p.task_id: config_of(state, p.task_id, p.config)})
+    configs = {**state.configs, p.task_id: config_of(state, p.task_id, p.config)}
+    return dataclasses.replace(state, configs=configs, base=joined(state.base, p.base, p.task_id))

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
-from lora_lite.subspace import change, diagnosis, file, training
-from lora_lite.subspace.build import build
+from lora_lite.subspace import change, diagnosis, file, live, training
+from lora_lite.subspace.apart import Apart
+from lora_lite.subspace.bases import restricted
+from lora_lite.subspace.build import Progress, build
 from lora_lite.subspace.coefficients import FEATURE_KINDS
 from lora_lite.subspace.projection import TaskProjection, added, project
-from lora_lite.subspace.source import AdapterSource, FileSource, Source
+from lora_lite.subspace.source import PathLike, source_of
 from lora_lite.subspace.state import Layer, Missing, Policy, State
-
-PathLike = str | os.PathLike[str]
 
 
 class Sides(NamedTuple):
@@ -50,7 +50,7 @@ class SharedSubspace:
     @classmethod
     def from_adapters(
         cls,
-        adapters: Sequence[Adapter],
+        adapters: Sequence[Adapter | PathLike],
         task_ids: Sequence[str] | None = None,
         *,
         space: Literal["feature", "flat"] = "feature",
@@ -68,15 +68,16 @@ class SharedSubspace:
         coefficients        "core" (k x k per task), "factors" (r x k twice) or "diag" (k, on a basis that stays); "flat" has its own
         variance_threshold  each layer keeps at least this share of sum |dW|^2 (in "flat": of each side's variance)
         num_components      the same k everywhere instead; adaptive_k=True lets the threshold decide all the same
-        budget_bytes        directions go where they explain most per byte until this is spent
+        budget_bytes        directions go where they explain most per byte until this is spent; a layer whose tasks' own factors, as
+                            they are or in int8, lose less at its bytes keeps those instead (`compression_stats` says which)
         missing             layers not in every adapter: "error", "zero" (such an update is zero) or "common" (they are left out)
         dtype               of bases and coefficients: float32 unless an adapter is float64
 
         Raises ValueError for no adapters, ids that do not match or repeat, NaN, shapes that differ, layers that are missing.
         """
-        ids = task_names(task_ids, [f"task_{i}" for i in range(len(adapters))])
+        ids = task_names(task_ids, default_names(adapters))
         policy = checked_policy(space, coefficients, variance_threshold, num_components, adaptive_k, budget_bytes)
-        sources = [AdapterSource(t, a) for t, a in zip(ids, adapters, strict=True)]
+        sources = [source_of(t, a) for t, a in zip(ids, adapters, strict=True)]
         return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype))
 
     @classmethod
@@ -93,17 +94,18 @@ class SharedSubspace:
         budget_bytes: int | None = None,
         missing: Missing = "error",
         dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
     ) -> SharedSubspace:
-        """The same from files of `adapter.save`, one layer of all of them in memory at a time: the same numbers as in batch.
+        """The same from files of `adapter.save` and PEFT folders, one layer of all of them in memory at a time: the same numbers.
 
-        Ids are the files' names without ending, or their folders' where those repeat, unless given.
-        num_components=None leaves k to the threshold or the budget.
+        Ids are the names of the folders, of the files without ending, or of the files' folders where those repeat, unless given.
+        num_components=None leaves k to the threshold or the budget. progress(done, of) is called after each layer.
         """
         ids = task_names(task_ids, file_names(paths))
         fixed = None if budget_bytes is not None else num_components
         policy = checked_policy(space, coefficients, variance_threshold, fixed, adaptive_k, budget_bytes)
-        sources = [FileSource(t, os.fspath(p)) for t, p in zip(ids, paths, strict=True)]
-        return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype))
+        sources = [source_of(t, p) for t, p in zip(ids, paths, strict=True)]
+        return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype, progress))
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -145,12 +147,14 @@ class SharedSubspace:
         return {m: float(x.lost[x.index[task_id]]) for m, x in layers.items()}
 
     def compression_stats(self) -> dict[str, Any]:
-        """components_per_layer, total_params_compressed, total_params_original, compression_ratio, num_tasks, num_layers."""
+        """components_per_layer, total_params_compressed, total_params_original, compression_ratio, num_tasks, num_layers.
+
+        Under budget_bytes a layer's components may be "raw" or "int8": sharing lost more there than the tasks' own factors do."""
         layers = self._state.layers
         held = sum(math.prod(x.shape) for layer in layers.values() for x in layer.numbers())
         original = sum(r * (x.d_in + x.d_out) for x in layers.values() for r in x.ranks)
         return {
-            "components_per_layer": {m: Sides(x.b.k, x.a.k) for m, x in layers.items()},
+            "components_per_layer": {m: x.held if isinstance(x, Apart) else Sides(x.b.k, x.a.k) for m, x in layers.items()},
             "total_params_compressed": held,
             "total_params_original": original,
             "compression_ratio": original / max(1, held),
@@ -158,10 +162,12 @@ class SharedSubspace:
             "num_layers": len(layers),
         }
 
-    def diagnose(self, adapters: Mapping[str, Adapter] | None = None, seed: int = 0) -> dict[str, diagnosis.Verdict]:
+    def diagnose(
+        self, adapters: Mapping[str, Adapter | PathLike] | None = None, seed: int = 0, progress: Progress | None = None
+    ) -> dict[str, diagnosis.Verdict]:
         """By layer: does this collection share anything? See `lora_lite.subspace.diagnosis`. Give the adapters by task id for
         figures of the originals; without them it can only speak of what was kept."""
-        return diagnosis.diagnose(self._state, adapters, seed)
+        return diagnosis.diagnose(self._state, adapters, seed, progress)
 
     def __repr__(self) -> str:
         state = self._state
@@ -171,9 +177,9 @@ class SharedSubspace:
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
-    def project(self, adapter: Adapter, task_id: str = "projected") -> TaskProjection:
+    def project(self, adapter: Adapter | PathLike, task_id: str = "projected") -> TaskProjection:
         """Where an adapter lies on the bases as they are; changes nothing. `p.coverage` says how much of it they hold."""
-        return project(self._state, AdapterSource(task_id, adapter), task_id)
+        return project(self._state, source_of(task_id, adapter), task_id)
 
     def add_task(self, projection: TaskProjection) -> None:
         """Keep a projection. The bases stay, so the part they do not hold is lost; `absorb` makes room for it."""
@@ -183,7 +189,7 @@ class SharedSubspace:
     def absorb(self, adapter: Adapter | PathLike, task_id: str) -> None:
         """Take in an adapter and the directions it brings. Old tasks are carried into the new bases exactly, and lose at most what
         `error_bound` then says; none of it where k has room. Cost does not depend on how the old adapters came in."""
-        source: Source = AdapterSource(task_id, adapter) if isinstance(adapter, Adapter) else FileSource(task_id, os.fspath(adapter))
+        source = source_of(task_id, adapter)
         with self._writing:
             self._state = change.absorb(self._state, source)
 
@@ -200,7 +206,7 @@ class SharedSubspace:
             update = layer.update(state.kind, task_id)
             tensors[m] = {"lora_A": update.A.to(dtype).contiguous(), "lora_B": update.B.to(dtype).contiguous()}
             sizes[m] = (layer.d_in, layer.d_out)
-        return Adapter(training.with_dtype(state.configs[task_id], dtype), tensors, sizes)
+        return Adapter(training.with_dtype(state.configs[task_id], dtype), tensors, sizes, fingerprint=restricted(state.base, sizes))
 
     def remove_task(self, task_id: str) -> None:
         """Forget a task. The bases and the other tasks stay bit for bit. Raises KeyError for an unknown id."""
@@ -216,20 +222,21 @@ class SharedSubspace:
         having(self._state, task_id)
         return training.trainable(self._state, task_id, num_expand, seed)
 
-    def live(self, config: AdapterConfig, targets: Sequence[str] | None = None, name: str = "default", seed: int | None = None) -> Adapter:
-        """A detached adapter that trains on these bases: `sub.live(SharedConfig(train="core")).put_on(model)`, which is what
-        `ll.attach(model, config, shared=sub)` does. Its file carries the bases; `commit` brings it back."""
-        from lora_lite.subspace import live  # registers the variant
+    def starting(
+        self, config: AdapterConfig, sizes: Mapping[str, tuple[int, int]], seed: int | None = None
+    ) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]]]:
+        """What `ll.attach(model, SharedConfig(...), shared=sub)` asks for: the config with the bases' marks, and tensors by layer."""
+        return live.starting(self._state, config, sizes, seed)
 
-        return live.live(self._state, config, targets, name, seed)
+    def base_of(self, targets: Sequence[str]) -> dict[str, Any] | None:
+        """The fingerprint of the base that the adapters were trained on, as far as it is known of these layers."""
+        return restricted(self._state.base, targets)
 
     def commit(self, trained: Mapping[str, Tensor] | Adapter, task_id: str) -> None:
         """Keep what was trained as the task's coefficients, replacing it if it is there. Raises ValueError when the
         bases moved meanwhile."""
         with self._writing:
             if isinstance(trained, Adapter):
-                from lora_lite.subspace import live
-
                 trained = live.as_trainable(self._state, trained, task_id)
             self._state = training.committed(self._state, trained, task_id)
 
@@ -275,8 +282,13 @@ def having(state: State, task_id: str) -> dict[str, Layer]:
 
 
 def file_names(paths: Sequence[PathLike]) -> list[str]:
-    stems = [Path(p).stem for p in paths]
+    stems = [Path(p).name if Path(p).is_dir() else Path(p).stem for p in paths]
     return stems if len(set(stems)) == len(stems) else [Path(p).resolve().parent.name for p in paths]
+
+
+def default_names(adapters: Sequence[Adapter | PathLike]) -> list[str]:
+    paths = [a for a in adapters if isinstance(a, str | os.PathLike)]
+    return file_names(paths) if paths and len(paths) == len(adapters) else [f"task_{i}" for i in range(len(adapters))]
 
 
 def task_names(given: Sequence[str] | None, default: list[str]) -> list[str]:

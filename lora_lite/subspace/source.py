@@ -1,26 +1,42 @@
-"""What does an adapter bring, in memory or in a file? Factors layer by layer, checked, and the LoRA config that they keep."""
+"""What does an adapter bring, in memory, in a file or in a PEFT folder? Factors layer by layer, checked, and the LoRA config they keep."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from loguru import logger
 from safetensors import safe_open
 from torch import Tensor
 
 from lora_lite.adapter import Adapter
-from lora_lite.checkpoint import CheckpointError, check_entries, check_format, check_place, read_header, read_metadata
+from lora_lite.checkpoint import (
+    CheckpointError,
+    check_digest,
+    check_entries,
+    check_format,
+    check_place,
+    listed,
+    read_header,
+    read_metadata,
+    strip_prefixes,
+)
 from lora_lite.config import AdapterConfig
 from lora_lite.lowrank import LowRank
+from lora_lite.peft_format import folder
+from lora_lite.peft_format.numbers import At
+from lora_lite.peft_format.reading import config_of, known_methods
 from lora_lite.variant import Base, variant_of
 from lora_lite.variants.lora import LoRAConfig
 
+PathLike = str | os.PathLike[str]
 INPUT_SIDE, OUTPUT_SIDE = ("lora_A", "lora_Vh"), ("lora_B", "lora_U")
 
 
@@ -42,7 +58,7 @@ class Update(NamedTuple):
 
 @runtime_checkable
 class Source(Protocol):
-    """One task's adapter."""
+    """One task's adapter; `base` is the fingerprint of what it was trained on, where that is known."""
 
     @property
     def task(self) -> str: ...
@@ -50,9 +66,18 @@ class Source(Protocol):
     def modules(self) -> list[str]: ...
     @property
     def base_config(self) -> AdapterConfig: ...
+    @property
+    def base(self) -> dict[str, Any] | None: ...
     def read(self, module: str) -> Update:
-        """The module's update. Raises ValueError naming task and module for values or shapes that cannot be."""
+        """The module's update. Raises ValueError naming task and module for shapes that cannot be; values: `check_finite`."""
         ...
+
+
+def source_of(task: str, given: Adapter | PathLike) -> Source:
+    """An adapter, a file of ours, or a PEFT folder."""
+    if isinstance(given, str | os.PathLike):
+        return PeftSource(task, given) if Path(given).is_dir() else FileSource(task, given)
+    return AdapterSource(task, given)
 
 
 class AdapterSource:
@@ -60,21 +85,50 @@ class AdapterSource:
 
     def __init__(self, task: str, adapter: Adapter) -> None:
         if not isinstance(adapter, Adapter):
-            raise TypeError(f"{task!r}: expected an Adapter (ll.load, ll.attach), got {type(adapter).__name__}")
-        if adapter.variant.form != "low-rank":
-            raise ValueError(f"adapter {task!r}: variant {adapter.variant.name!r} has no low-rank form, so no directions to share")
-        self.task, self.base_config, self.factors = task, adapter.config, adapter.factors()
+            raise TypeError(f"{task!r}: expected an Adapter (ll.load, ll.attach) or a path, got {type(adapter).__name__}")
+        check_form(f"adapter {task!r}", adapter.config)
+        self.task, self.base_config, self.base, self.factors = task, adapter.config, adapter.fingerprint, adapter.factors()
         self.modules = list(self.factors)
+        left_behind(f"adapter {task!r}", adapter.also())
 
     def read(self, module: str) -> Update:
         return checked(self.task, module, unscaled(self.factors[module], self.base_config))
 
 
-class FileSource:
-    """A file that `adapter.save` wrote, memory-mapped: one module's tensors are read at a time. Its hash is not checked, which
-    would read all of it; shapes and values are."""
+class TensorsOf(Mapping[str, Tensor]):
+    """A safetensors file's tensors by key, each read when it is asked for and not kept; within `with self:` from one open file.
+    Not open for good: a thousand adapters would be a thousand files."""
 
-    def __init__(self, task: str, path: str | Path) -> None:
+    def __init__(self, path: Path, names: list[str]) -> None:
+        self.path, self.names, self.file = path, names, None
+
+    def __enter__(self) -> TensorsOf:
+        try:
+            self.file = safe_open(self.path, framework="pt").__enter__()
+        except Exception as error:  # SafetensorError: cut short, overlapping ranges
+            raise CheckpointError(f"{self.path} is damaged or cut short: {error}. Take another copy") from error
+        return self
+
+    def __exit__(self, *why: Any) -> None:
+        self.file = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self.file is None:
+            with self:
+                return self[name]
+        return self.file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class FileSource:
+    """A file that `adapter.save` wrote, memory-mapped: its hash is checked tensor by tensor, then one module's are read at a time."""
+
+    def __init__(self, task: str, path: PathLike) -> None:
         self.task, self.path = task, Path(path)
         check_place(self.path)
         with open(self.path, "rb") as file:
@@ -83,33 +137,111 @@ class FileSource:
         check_format(str(path), metadata, list(head))
         check_entries(str(path), head)
         known = read_metadata(str(path), metadata)
-        self.base_config = known["config"]
-        if variant_of(self.base_config).form != "low-rank":
-            raise ValueError(f"{path}: variant {self.base_config.variant!r} has no low-rank form, so no directions to share")
+        self.base_config, self.base = known["config"], known["fingerprint"]
+        check_form(str(path), self.base_config)
+        self.tensors = TensorsOf(self.path, list(head))
+        with self.tensors:
+            check_digest(str(path), metadata, self.tensors)
         self.fields: dict[str, list[str]] = {}
         for name in head:
             if name not in known["also"]:
                 module, _, field = name.rpartition(".")
                 self.fields.setdefault(module, []).append(field)
         self.modules = list(self.fields)
+        left_behind(str(path), known["also"])
 
     def read(self, module: str) -> Update:
-        p = self.tensors(module)
-        try:
-            d_in = next(v.shape[-1] for k, v in p.items() if k in INPUT_SIDE)
-            d_out = next(v.shape[0] for k, v in p.items() if k in OUTPUT_SIDE)
-            cfg = self.base_config.at(module, d_in, d_out)
-            update = variant_of(cfg).factors(cfg, p, Base(d_in, d_out))
-        except (StopIteration, KeyError, IndexError, RuntimeError) as error:
-            raise CheckpointError(f"{self.path}: {module} holds {sorted(p)}, not the factors of {self.base_config.variant!r}") from error
-        return checked(self.task, module, unscaled(update, cfg))
+        with self.tensors:
+            p = {field: self.tensors[f"{module}.{field}" if module else field] for field in self.fields[module]}
+        return update_of(self.task, module, self.base_config, p, self.sizes(module, p), str(self.path))
 
-    def tensors(self, module: str) -> dict[str, Tensor]:
+    def sizes(self, module: str, p: Mapping[str, Tensor]) -> tuple[int, int]:
+        """(d_in, d_out): as the fingerprint has them, else as those tensors do that lie along one of them."""
         try:
-            with safe_open(self.path, framework="pt") as file:
-                return {field: file.get_tensor(f"{module}.{field}" if module else field) for field in self.fields[module]}
-        except Exception as error:  # SafetensorError: cut short, overlapping ranges
-            raise CheckpointError(f"{self.path} is damaged or cut short: {error}. Take another copy") from error
+            d_out, d_in = (self.base or {"targets": {}})["targets"][module]["shape"]
+            return int(d_in), int(d_out)
+        except (KeyError, TypeError, ValueError):
+            pass
+        try:
+            return next(v.shape[-1] for k, v in p.items() if k in INPUT_SIDE), next(v.shape[0] for k, v in p.items() if k in OUTPUT_SIDE)
+        except (StopIteration, IndexError) as error:
+            raise CheckpointError(f"{self.path}: {module} holds {sorted(p)}, which do not tell the sizes of its layer") from error
+
+
+class PeftSource:
+    """A PEFT folder with a LoRA in it, memory-mapped: one module's tensors are read at a time. docs/peft.md says what is read."""
+
+    def __init__(self, task: str, path: PathLike) -> None:
+        self.task, self.path = task, Path(path)
+        folder.check_place(self.path)
+        config = folder.read_config(self.path / folder.CONFIG)
+        file_path = self.path / folder.TENSORS
+        with open(file_path, "rb") as file:
+            head = read_header(str(file_path), file)
+        metadata = head.pop("__metadata__", None) or {}
+        check_entries(str(file_path), head)
+        self.base = folder.parsed(f"{file_path}", metadata[folder.FINGERPRINT]) if folder.FINGERPRINT in metadata else None
+        found = folder.Folder(config, {}, {}, self.base, str(path))
+        self.method = known_methods(found)[0]
+        if self.method.variant != "lora":
+            raise CheckpointError(f"{path} is {self.method.variant!r}; without a model only LoRA is read: ll.from_peft(model, folder)")
+        self.tensors = TensorsOf(file_path, list(head))
+        self.keys = self.by_module(head)
+        self.modules = list(self.keys)
+        self.base_config = dataclasses.replace(config_of(self.method, found), targets=patterns(config.get("target_modules"), self.modules))
+
+    def by_module(self, head: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+        """{module: {field: key}}. Raises CheckpointError for adapter tensors that are of no linear layer."""
+        ends = {field: folder.key_pattern(end) for field, end in self.method.keys.items()}
+        hits = {key: (strip_prefixes(m["target"]), field) for key in head for field, p in ends.items() if (m := p.fullmatch(key))}
+        if strange := [key for key in head if key not in hits and ".lora_" in key]:
+            raise CheckpointError(f"{self.path} adapts what is no linear layer, or by tensors that LoRA does not have: {listed(strange)}")
+        left_behind(str(self.path), [key for key in head if key not in hits])
+        found: dict[str, dict[str, str]] = {}
+        for key, (module, field) in hits.items():
+            found.setdefault(module, {})[field] = key
+        return found
+
+    def read(self, module: str) -> Update:
+        with self.tensors:
+            p = {field: self.tensors[key] for field, key in self.keys[module].items()}
+        if not {"lora_A", "lora_B"} <= set(p) or p["lora_A"].ndim != 2 or p["lora_B"].ndim != 2:
+            raise CheckpointError(f"{self.path}: {module} holds {sorted(p)} {[tuple(v.shape) for v in p.values()]}, not A and B")
+        size = p["lora_A"].shape[1], p["lora_B"].shape[0]
+        at = At(self.base_config.at(module, *size), *size, None, module)
+        p = dict(self.method.read(self.method.fill(p, at), at))
+        return update_of(self.task, module, self.base_config, p, size, str(self.path))
+
+
+def patterns(targets: Any, modules: list[str]) -> str | tuple[str, ...]:
+    """PEFT's target_modules in our words: the ends of names, a regex that must fit whole, or (its own set of layers) every name."""
+    if isinstance(targets, str) and targets:
+        return targets if targets == "all-linear" else rf"^(?:{targets})$"
+    ends = [str(t) for t in targets or ()]
+    return tuple(rf"(^|\.){re.escape(t)}$" for t in ends) or tuple(rf"^{re.escape(m)}$" for m in modules) or "all-linear"
+
+
+def check_form(what: str, config: AdapterConfig) -> None:
+    if variant_of(config).form != "low-rank":
+        raise ValueError(f"{what}: variant {config.variant!r} has no low-rank form, so no directions to share")
+
+
+def left_behind(what: str, names: Any) -> None:
+    if names:
+        logger.warning("{}: a subspace keeps adapters only; what was trained beside this one is left out: {}", what, listed(list(names)))
+
+
+def update_of(task: str, module: str, config: AdapterConfig, p: Mapping[str, Tensor], size: tuple[int, int], source: str) -> Update:
+    """One layer's update from a file's tensors, their shapes held against what the config says."""
+    try:
+        cfg = config.at(module, *size)
+        specs = variant_of(cfg).param_specs(*size, cfg)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{source}: {module}: {error}") from error
+    want, have = ({k: tuple(v.shape) for k, v in given.items()} for given in (specs, p))
+    if want != have:
+        raise CheckpointError(f"{source}: {module} holds {have}, not the factors of {config.variant!r}: {want}")
+    return checked(task, module, unscaled(variant_of(cfg).factors(cfg, p, Base(*size)), cfg))
 
 
 def unscaled(update: LowRank, config: AdapterConfig) -> Update:
@@ -124,12 +256,20 @@ def checked(task: str, module: str, update: Update) -> Update:
     A, B = update.A, update.B
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.numel() or not B.numel():
         raise ValueError(f"adapter {task!r}, module {module!r}: A {tuple(A.shape)} and B {tuple(B.shape)} are not (r, d_in) and (d_out, r)")
-    bad = [name for name, v in (("A", A), ("B", B)) if not bool(torch.isfinite(v).all())]
+    return update
+
+
+def check_finite(task: str, module: str, update: Update) -> None:
+    bad = [name for name, v in (("A", update.A), ("B", update.B)) if not finite(v)]
     if bad or not math.isfinite(update.scale):
         raise ValueError(
             f"adapter {task!r}, module {module!r}: {' and '.join(bad) or 'alpha'} holds NaN or infinite values; nothing was changed"
         )
-    return update
+
+
+def finite(v: Tensor) -> bool:
+    """A sum is finite only where all is; where it is not, it may have overflowed, and all is looked at (five times as long)."""
+    return math.isfinite(float(v.sum(dtype=torch.promote_types(v.dtype, torch.float32)))) or bool(torch.isfinite(v).all())
 
 
 def same_sizes(task: str, module: str, update: Update, sizes: tuple[int, int], others: str) -> Update:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -160,6 +160,7 @@ class State:
     layers: Mapping[str, Layer] = field(default_factory=dict)
     configs: Mapping[str, LoRAConfig] = field(default_factory=dict)  # by task, in the order they came
     bits: int | None = None
+    base: Mapping[str, Any] | None = None  # the fingerprint of the base, as far as the adapters told
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from lora_lite.checkpoint import raw
 from lora_lite.lowrank import LowRank
+from lora_lite.subspace.apart import Apart
 from lora_lite.subspace.build import config_of
 from lora_lite.subspace.coefficients import Kind, Parts, as_cores, expand, padded
 from lora_lite.subspace.frame import Frame, outside
@@ -60,6 +61,7 @@ def trainable(state: State, task_id: str, num_expand: int, seed: int) -> Trainab
         raise ValueError(f"num_expand must be 0 or more, got {num_expand}")
     generator = torch.Generator().manual_seed(seed)
     places, values = {}, {}
+    on_bases(state.layers, task_id)
     for m, layer in state.layers.items():
         if task_id in layer.index:
             b, a = expanded(layer.b, num_expand, generator), expanded(layer.a, num_expand, generator)
@@ -70,7 +72,15 @@ def trainable(state: State, task_id: str, num_expand: int, seed: int) -> Trainab
     return Trainable(state.kind, task_id, places, values)
 
 
-def expanded(frame: Frame, q: int, generator: torch.Generator) -> Frame:
+def on_bases(layers: Mapping[str, Layer], task_id: str) -> None:
+    if odd := [m for m, layer in layers.items() if task_id in layer.index and isinstance(layer, Apart)]:
+        raise ValueError(
+            f"task {task_id!r} keeps its own factors on {len(odd)} layers that share too little for a basis ({odd[:3]}), so it has no "
+            "loadings there: ll.attach(model, sub.reconstruct(task)) trains all of it"
+        )
+
+
+def expanded(frame: Frame, q: int, generator: torch.Generator | None) -> Frame:
     """Random directions behind the basis, orthogonal to it and to each other; fewer where the side has no room."""
     if not q:
         return frame

@@ -17,6 +17,7 @@ from lora_lite.variants.oft import OFTConfig
 from lora_lite.variants.olora import OLoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig
 from lora_lite.variants.road import ROADConfig
+from lora_lite.variants.shared import SharedConfig
 from lora_lite.variants.ssvd import SSVDConfig
 from lora_lite.variants.vera import VeRAConfig
 
@@ -41,5 +42,6 @@ __all__ = [
     "PiSSAConfig",
     "ROADConfig",
     "SSVDConfig",
+    "SharedConfig",
     "VeRAConfig",
 ]

@@ -1,13 +1,14 @@
-"""SharedSubspace, trained live: y = W x + s U C V^T x; U and V are a layer's frozen bases, shared by many tasks, C is this task's own.
+"""SharedSubspace, trained live: y = W x + s B C A x; B and A are a layer's frozen bases, shared by many tasks, C is this task's own.
 
     train     trained per layer             update
-    core      C (k_b, k_a)                  s U C V^T
-    diag      d (k,)                        s U diag(d) V^T
-    factors   Y (r, k_b), X (r, k_a)        s U Y^T X V^T
+    core      C (k_b, k_a)                  s B C A
+    diag      d (k,)                        s B diag(d) A
+    factors   Y (r, k_b), X (r, k_a)        s B Y^T X A
     flat      y (k_b,), x (k_a,)            s (mean_B + y comps_B as d_out x r) (mean_A + x comps_A as r x d_in)
 
-The bases come from a subspace: `ll.attach(model, ll.SharedConfig(train="core"), shared=sub)`; the file carries them, so that
-`ll.load` needs no subspace. LoRA-XS (arXiv:2405.17604) is the core on a basis of W instead; EigenLoRAx (arXiv:2502.04700) is flat.
+B (d_out, k_b) and A (k_a, d_in) come from a subspace: `ll.attach(model, ll.SharedConfig(train="core"), shared=sub)`. The file
+carries them, so `ll.load` needs no subspace. LoRA-XS (arXiv:2405.17604) is the core on a basis of W instead; flat is EigenLoRAx
+(arXiv:2502.04700).
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ class Room(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class SharedConfig(AdapterConfig):
-    """`ll.attach(model, SharedConfig(train="core"), shared=sub)` fills in what follows `task`.
+    """`ll.attach(model, ll.SharedConfig(train="core"), shared=sub)` fills in what follows `r`.
 
     train   what moves: a k x k core, its diagonal, two k x r factors, or (space "flat") one loading per component
     expand  further random directions per side, this task's own until `sub.commit`
     task    start at this task of the subspace instead of at the base
     r       of "factors"
-    rooms   by layer: Room, as plain numbers
-    basis_id, basis_hash  how many layers and tasks made the bases, and sha256 over them
+    rooms   by exact layer name: Room, as plain numbers
+    basis_id, basis_hash  how many tasks and layers made the bases, and sha256 over them
     """
 
     variant: ClassVar[str] = "shared"
@@ -73,10 +74,11 @@ class SharedConfig(AdapterConfig):
 
     def at(self, target: str, d_in: int, d_out: int) -> Self:
         if target not in self.rooms:
-            raise ValueError(
-                f"no bases for layer {target!r}: ll.attach(model, SharedConfig(...), shared=sub) brings them, to {list(self.rooms)[:2]}"
-            )
+            raise ValueError(f"no bases for layer {target!r}, only for {list(self.rooms)[:3]}: ll.attach(..., shared=sub) brings them")
         return dataclasses.replace(self, rooms={target: self.rooms[target]})
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        return dataclasses.replace(self, rooms={names.get(m, m): room for m, room in self.rooms.items()})
 
     @property
     def room(self) -> Room:
@@ -94,6 +96,9 @@ def small(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
 class Shared(Variant):
     name = "shared"
     Config = SharedConfig
+    paper = "2502.04700"
+    parameters = "k * {'core': k, 'diag': 1, 'factors': 2 * r, 'flat': 2}[train]"
+    needs_shared = True
     identity = Identity("bitwise", 'but for train="flat", which starts at the mean adapter, and for task=, which starts at that task')
 
     @staticmethod
@@ -103,7 +108,7 @@ class Shared(Variant):
             wide_b, wide_a = widest * d_out, widest * d_in
             frozen = {"lora_comps_B": (kb, wide_b), "lora_comps_A": (ka, wide_a), "lora_mean_B": (wide_b,), "lora_mean_A": (wide_a,)}
         else:
-            frozen = {"lora_U": (kb, d_out), "lora_V": (ka, d_in)}
+            frozen = {"lora_B": (d_out, kb), "lora_A": (ka, d_in)}
         trained = {
             "core": {"lora_core": ParamSpec((kb, ka))},
             "diag": {"lora_diag": ParamSpec((min(kb, ka),))},
@@ -118,10 +123,10 @@ class Shared(Variant):
         if cfg.train == "flat":
             A, B = p["lora_mean_A"] + p["lora_x"] @ p["lora_comps_A"], p["lora_mean_B"] + p["lora_y"] @ p["lora_comps_B"]
             return LowRank(A.reshape(-1, base.d_in)[:r], B.reshape(-1, base.d_out)[:r].T, scale)
-        U, V = p["lora_U"], p["lora_V"]
+        A, B = p["lora_A"], p["lora_B"]
         if cfg.train == "core":
-            return LowRank(p["lora_core"] @ V, U.T, scale)
+            return LowRank(p["lora_core"] @ A, B, scale)
         if cfg.train == "diag":
             k = len(p["lora_diag"])
-            return LowRank(V[:k], U[:k].T, scale * p["lora_diag"])
-        return LowRank(p["lora_X"] @ V, (p["lora_Y"] @ U).T, scale)
+            return LowRank(A[:k], B[:, :k], scale * p["lora_diag"])
+        return LowRank(p["lora_X"] @ A, B @ p["lora_Y"].T, scale)

@@ -1,0 +1,172 @@
+"""Does `lora-lite subspace` do from a shell what the library does, as text and as JSON, and say in one line what is wrong?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lora_lite as ll
+from lora_lite.cli import main
+from tests.models import llama, mlp, randomise
+from tests.subspaces import collection_error, family, of, relative_error, updates
+
+Run = Callable[..., tuple[int, Any, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """run("info", "x") -> (exit status, what --json said or the text, stderr), in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str, plain: bool = False) -> tuple[int, Any, str]:
+        monkeypatch.setattr(sys, "argv", ["lora-lite", "subspace", *words, *([] if plain else ["--json"])])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), (out if plain or not out else json.loads(out)), err
+
+    return call
+
+
+@pytest.fixture
+def given() -> list[ll.Adapter]:
+    """Five that share, three saved as files of ours and two as PEFT folders, in the folder that `run` runs in."""
+    return family(5, config=ll.LoRAConfig(r=3, alpha=7.0, rslora=True, targets=("q_proj",)))
+
+
+def laid_out(adapters: list[ll.Adapter], folder: Path) -> list[str]:
+    for i, adapter in enumerate(adapters):
+        adapter.save(folder / f"a{i}.safetensors") if i < 3 else ll.to_peft(adapter, folder / f"a{i}")
+    return [f"a{i}.safetensors" if i < 3 else f"a{i}" for i in range(len(adapters))]
+
+
+def test_build_takes_files_and_peft_folders(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    status, found, _ = run("build", *laid_out(given, tmp_path), "--out", "tasks", "-k", "4")
+    assert status == 0 and found["num_tasks"] == 5 and found["components"] == [4, 4] and found["file_bytes"] > 0
+    sub = ll.SharedSubspace.load("tasks")
+    assert sub.tasks == ["a0", "a1", "a2", "a3", "a4"]
+    assert collection_error(given, sub) == pytest.approx(collection_error(given, of(given, num_components=4)), abs=1e-6)
+    status, found, _ = run("info", "tasks")
+    assert status == 0 and found["tasks"] == sub.tasks
+    for t, a in zip(sub.tasks, given, strict=True):
+        assert relative_error(a, sub.reconstruct(t)) <= found["error_at_most"][t] * (1 + 1e-4) + 1e-6
+
+
+def test_every_command_speaks_to_people_too(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    paths = laid_out(given, tmp_path)
+    assert "num tasks" in run("build", *paths[:4], "--out", "tasks", plain=True)[1]
+    assert "space" in run("info", "tasks", plain=True)[1]
+    assert "covered_before" in run("add", "tasks", paths[4], plain=True)[1]
+    assert "nothing is shared" in (text := run("diagnose", "tasks", plain=True)[1]) or "share directions" in text
+    assert "bases are orthonormal" in run("validate", "tasks", plain=True)[1]
+    assert "cosine" in run("diff", paths[0], paths[1], plain=True)[1]
+    assert "folders" in run("export", "tasks", "--out", "peft", plain=True)[1]
+
+
+def test_build_has_the_options_of_the_library(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    paths = laid_out(given, tmp_path)
+    ids = [word for name in ("x/y", "..", "任务", "p", "q") for word in ("--id", name)]
+    for options, want in (
+        (["--space", "flat", "-k", "3"], of(given, space="flat", num_components=3)),
+        (["--coefficients", "factors", "--variance-threshold", "0.9"], of(given, coefficients="factors", variance_threshold=0.9)),
+        (["--budget-bytes", "6000"], of(given, budget_bytes=6000)),
+        (["-k", "4", "--bits", "8"], of(given, num_components=4).quantize(8)),
+    ):
+        status, found, err = run("build", *paths, "--out", "tasks", *ids, *options)
+        assert status == 0, err
+        sub = ll.SharedSubspace.load("tasks")
+        assert sub.tasks == ["x/y", "..", "任务", "p", "q"] and found["bytes"] == sub.nbytes == want.nbytes
+        assert collection_error(given, sub) == pytest.approx(collection_error(given, want), abs=1e-5)
+
+
+def test_add_absorbs_or_projects(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    paths = laid_out(given, tmp_path)
+    run("build", *paths[:3], "--out", "tasks", "--variance-threshold", "1")
+    status, found, _ = run("add", "tasks", paths[3], "--out", "more")
+    assert status == 0 and 0 < found["covered_before"]["a3"] < 1 and ll.SharedSubspace.load("tasks").tasks == ["a0", "a1", "a2"]
+    assert relative_error(given[3], ll.SharedSubspace.load("more").reconstruct("a3")) < 1e-5
+    run("add", "tasks", paths[3], "--id", "only/seen", "--project")
+    projected = ll.SharedSubspace.load("tasks")
+    assert projected.tasks[-1] == "only/seen"
+    lost = relative_error(given[3], projected.reconstruct("only/seen")) ** 2
+    assert lost == pytest.approx(1 - found["covered_before"]["a3"], abs=1e-5) and lost > 1e-3
+
+
+def test_export_writes_folders_that_peft_loads_and_no_id_is_a_path(run: Run, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model, ids = llama(), torch.arange(1, 8)[None]
+    adapters, want = [], {}
+    for i in range(2):
+        config = ll.LoRAConfig(r=3, alpha=5.0, rslora=True, targets=("q_proj", "v_proj"), rank_pattern={"v_proj": 2})
+        adapter = randomise(ll.attach(model, config, seed=i), seed=i)
+        want[f"../{i}"] = model(ids).logits.detach()
+        adapter.detach()
+        adapters.append(adapter)
+    of(adapters, task_ids=list(want), variance_threshold=1.0).save("tasks")
+    status, found, _ = run("export", "tasks", "--out", "peft")
+    assert status == 0 and sorted(p.name for p in (tmp_path / "peft").iterdir()) == ["task_0", "task_1"]
+    for t, folder in found["folders"].items():
+        got = PeftModel.from_pretrained(llama(), folder)(ids).logits
+        assert float((got - want[t]).abs().max()) < 1e-5 * float(want[t].abs().max())
+    assert run("export", "tasks", "--task", "../1", "--out", "one")[0] == 0 and (tmp_path / "one" / "adapter_config.json").is_file()
+
+
+def test_diagnose_answers_per_layer(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    paths = laid_out(given, tmp_path)
+    run("build", *paths, "--out", "tasks", "-k", "5")
+    status, found, _ = run("diagnose", "tasks", *paths)
+    assert status == 0 and found["layers_that_share"] == "2 of 2"
+    assert all(layer["originals"] and layer["left_out"] > layer["chance"] for layer in found["layers"].values())
+    assert not any(layer["originals"] for layer in run("diagnose", "tasks")[1]["layers"].values())
+
+
+def test_validate_holds_the_tasks_against_their_originals(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    paths = laid_out(given, tmp_path)
+    run("build", *paths, "--out", "tasks", "-k", "4")
+    status, found, _ = run("validate", "tasks", *paths)
+    assert status == 0 and all(found["checks"].values()) and set(found["error"]) == {"a0", "a1", "a2", "a3", "a4"}
+    status, found, _ = run("validate", "tasks", *paths[1:], paths[0])  # the control: the originals in another order
+    assert status == 1 and not found["checks"]["errors_within_their_bounds"]
+
+
+def test_diff_compares_adapters_files_folders_and_tasks(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    paths = laid_out(given, tmp_path)
+    run("build", *paths, "--out", "tasks", "--variance-threshold", "1")
+    assert run("diff", paths[0], "tasks::a0")[1]["relative"] < 1e-5 and run("diff", paths[4], "tasks::a4")[1]["cosine"] > 1 - 1e-6
+    found = run("diff", paths[0], paths[3])[1]
+    a, b = (torch.cat([w.flatten() for w in updates(x).values()]) for x in (given[0], given[3]))
+    assert found["relative"] == pytest.approx(float((a - b).norm() / a.norm()), rel=1e-5)
+    assert found["cosine"] == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)), abs=1e-6)
+    family(1, modules=("other",))[0].save(tmp_path / "other.safetensors")
+    assert run("diff", paths[0], "other.safetensors")[1]["only_in_second"] == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["info", "nothing"], "nothing"),
+        (["info", "a0.safetensors"], "It is an adapter"),
+        (["build", "a0.safetensors", "a0.safetensors", "--out", "t"], "repeated"),
+        (["build", "a0.safetensors", "--out", "t", "--bits", "3"], "--bits 3"),
+        (["build", "a0.safetensors", "--out", "t", "-k", "2", "--budget-bytes", "9999"], "not both"),
+        (["build", "odd.safetensors", "--out", "t"], "no low-rank form"),
+        (["add", "tasks", "a0.safetensors"], "'a0' is there already"),
+        (["export", "tasks", "--task", "nobody", "--out", "x"], "nobody"),
+        (["validate", "tasks", "a0.safetensors"], "1 adapters for the 2 tasks"),
+        (["diff", "a0.safetensors", "tasks::nobody"], "nobody"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(words: list[str], said: str, run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    laid_out(given, tmp_path)
+    odd = ll.attach(mlp(), ll.IA3Config(targets="up"))
+    odd.save(tmp_path / "odd.safetensors")
+    of(given[:2], task_ids=["a0", "a1"]).save("tasks")
+    status, _, err = run(*words)
+    assert status == 2 and said in err and "Traceback" not in err
