@@ -129,6 +129,11 @@ def is_functorch(c: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(c)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def transforming() -> bool:
+    """Whether torch.func is at work here (vmap, grad, jvp), in which functions with a backward of their own cannot take part."""
+    return torch._C._are_functorch_transforms_active()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def rows(c: Tensor, x: Tensor, routed: bool, path: str) -> Tensor:
     """c () | (B,) | (B, T), spread over x (*batch, d) so that it broadcasts; rows repeat as beams do (repeat_interleave).
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lite.dial import is_functorch
+from lora_lite.dial import transforming
 
 
 class Mixed(torch.autograd.Function):
@@ -68,4 +68,4 @@ def linear(x: Tensor, W: Tensor) -> Tensor:
 def trains_across_dtypes(x: Tensor, W: Tensor) -> bool:
     """Whether a cast of W would be kept for a backward (torch.func's transforms take the ordinary way)."""
     needed = x.dim() > 1 and torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)
-    return needed and not (is_functorch(x) or is_functorch(W))
+    return needed and (torch.compiler.is_compiling() or not transforming())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lora_lite as ll
 from lora_lite.variant import Base
-from lora_lite.variants import antipasto, turning
+from lora_lite.variants import antipasto, cayley, turning
 from lora_lite.variants.cayley import exact
 from tests import references
 from tests.models import VARIANTS, Row, activations, attach, llama, mlp, normal, randomise, single, tensors_at, token_ids
@@ -300,3 +300,12 @@ def test_a_small_step_survives_bfloat16() -> None:
     got = turning.change({k: v.bfloat16() for k, v in ready.items()}, normal(64, 10).bfloat16(), 1.0)
     assert float((got.float() - want).norm() / want.norm()) < 0.02
     assert not ((p["lora_S"] + p["lora_dS"]).bfloat16() - p["lora_S"].bfloat16()).any(), "cast first, nothing would be left"
+
+
+def test_the_generator_has_the_gradient_of_the_scatter_it_stands_for() -> None:
+    upper = normal(3, 10, dtype=F64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda u: cayley.skew(u, 5), upper)
+    assert torch.autograd.gradgradcheck(lambda u: cayley.skew(u, 5).sin(), upper)
+    with torch.no_grad():
+        assert_close(cayley.skew(upper, 5), cayley.scattered(upper, 5))
+        assert_close(cayley.skew(upper, 5)[1], references.skew_of(upper[1], 5))

@@ -85,7 +85,7 @@ class ROAD(Variant):
         n = paired(base.d_out)
         y = y if n == base.d_out else y[..., :n]
         partner = y.unflatten(-1, (-1, cfg.group_size)).roll(cfg.group_size // 2, dims=-1).flatten(-2)
-        change = torch.addcmul(p["own"] * y, p["other"], partner)
+        change = p["own"] * y + p["other"] * partner
         return change if n == base.d_out else F.pad(change, (0, 1))
 
 
