@@ -20,6 +20,7 @@ from lora_lite.steering import (
     null_control,
     pcgrad,
     reference_kl,
+    steering_rounds,
     train_steering,
 )  # fmt: skip
 from lora_lite.subspace import SharedSubspace, TaskProjection
@@ -51,5 +52,5 @@ __all__ = [
     "LoRAXSConfig", "LowRank", "MiSSConfig", "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig",
     "SharedSubspace", "Target", "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach", "block_shifts",
     "calibrate_c", "completion_nll", "disabled", "dose_response", "find_targets", "from_peft", "load", "margin_nll",
-    "null_control", "pcgrad", "read", "reference_kl", "register", "stack", "to_peft", "train_steering",
+    "null_control", "pcgrad", "read", "reference_kl", "register", "stack", "steering_rounds", "to_peft", "train_steering",
 ]  # fmt: skip
