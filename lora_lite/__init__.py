@@ -20,6 +20,7 @@ from lora_lite.steering import (
     null_control,
     pcgrad,
     reference_kl,
+    steering_rounds,
     train_steering,
 )  # fmt: skip
 from lora_lite.subspace import SharedSubspace, TaskProjection
@@ -60,5 +61,6 @@ __all__ = [
     "OFTConfig", "OLoRAConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SSVDConfig",
     "SharedConfig", "SharedSubspace", "Target", "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach",
     "block_shifts", "calibrate_c", "completion_nll", "disabled", "dose_response", "find_targets", "from_peft", "load",
-    "margin_nll", "null_control", "pcgrad", "read", "reference_kl", "register", "stack", "to_peft", "train_steering",
+    "margin_nll", "null_control", "pcgrad", "read", "reference_kl", "register", "stack", "steering_rounds", "to_peft",
+    "train_steering",
 ]  # fmt: skip

@@ -84,7 +84,10 @@ def size_printed(fingerprint: Mapping[str, Any] | None, target: str) -> tuple[in
 
 def size_measured(config: AdapterConfig, target: str, p: Mapping[str, Tensor]) -> tuple[int, int] | None:
     """The sizes of tensors at the places where the variant, asked about a layer of unmistakable sizes, answers with these."""
-    specs = variant_of(config).param_specs(*UNMISTAKABLE, config.at(target, *UNMISTAKABLE))
+    try:
+        specs = variant_of(config).param_specs(*UNMISTAKABLE, config.at(target, *UNMISTAKABLE))
+    except ValueError:  # the config has room for smaller layers only
+        return None
     places = [(f, i, n) for f, spec in specs.items() for i, n in enumerate(spec.shape) if f in p and p[f].dim() == len(spec.shape)]
     found = [{p[f].shape[i] for f, i, n in places if n == size} for size in UNMISTAKABLE]
     return (found[0].pop(), found[1].pop()) if len(found[0]) == len(found[1]) == 1 else None

@@ -70,7 +70,7 @@ def test_options_become_a_job(run: Any, asked: list[demo.Job], tmp_path: Path) -
     (job,) = asked
     assert job.config == ll.PiSSAConfig(r=4, alpha=16.0, layer_range=(0.2, 0.8), train="spectrum")
     assert (job.model, job.pairs, job.out) == ("some/model", Path("p.jsonl"), Path("here"))
-    assert (job.training.steps, job.training.seed, job.sampling.seed, job.recipe.seed, job.seed) == (7, 3, 3, 3, 3)
+    assert (job.recipe.steps, job.sampling.seed, job.tiny.seed, job.seed) == (7, 3, 3, 3)
 
 
 def test_nothing_given_is_lora_on_the_tiny_model(run: Any, asked: list[demo.Job]) -> None:
@@ -118,10 +118,10 @@ def test_a_mistake_is_one_line_and_exit_status_2(words: list[str], said: list[st
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (f"{GOOD}\n\n[1, 2]\n", "line 3: expected an object"),
+        (f"{GOOD}\n\n[1, 2]\n", "line 3: found list"),
         (f'{GOOD}\n{{"prompt": "a", "chosen": "b"}}\n', "line 2: ['rejected'] missing"),
-        ('{"prompt": "a", "chosen": 3, "rejected": "c"}\n', "line 1: ['chosen']"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "  "}\n', "line 1: ['rejected']"),
+        ('{"prompt": "a", "chosen": 3, "rejected": "c"}\n', "line 1: 'chosen' is int 3"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "  "}\n', "line 1: 'rejected' is empty"),
         (f"{GOOD}\n", "1 pairs; at least 2"),
         ("", "0 pairs; at least 2"),
     ],

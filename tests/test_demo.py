@@ -15,15 +15,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_lite as ll
-from lora_lite.cli import checks, contrast, demo, plot, sweep, tiny_lm, traits
+from lora_lite.cli import checks, demo, tiny_lm, traits
 from lora_lite.cli.corpus import Corpus, standard_library
 from lora_lite.cli.errors import UserError
-from lora_lite.cli.pairs import Contrast, Pair, code_and_prose
-from lora_lite.cli.texts import nats, nats_per_token, pack, prompt_ids
+from lora_lite.cli.language import Recipe, Sampling
+from lora_lite.cli.options import config_of
+from lora_lite.cli.pairs import Contrast, code_and_prose
+from lora_lite.steering.pairs import Pair
 
-RECIPE = tiny_lm.Recipe(vocab=300, hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, context=64, steps=60, rows=8, length=24)
-TRAINING = contrast.Training(steps=20, pairs=6, length=16, lr=2e-2)
-SAMPLING = sweep.Sampling(samples=10, length=12)
+TINY = tiny_lm.Recipe(vocab=300, hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, context=64, steps=60, rows=8, length=24)
+RECIPE = Recipe(steps=40, batch_size=6, max_completion=16, lr=2e-2)
+SAMPLING = Sampling(samples=10, length=12)
 
 
 def made_up(n: int = 60) -> Corpus:
@@ -45,7 +47,7 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def job(room: Path, name: str, config: ll.AdapterConfig | None = None, **options: Any) -> demo.Job:
-    values = {"recipe": RECIPE, "training": TRAINING, "sampling": SAMPLING} | options
+    values = {"tiny": TINY, "recipe": RECIPE, "sampling": SAMPLING} | options
     return demo.Job(config or ll.LoRAConfig(r=4, alpha=8), room / name, **values)
 
 
@@ -105,16 +107,16 @@ def test_every_variant_on_a_model_and_pairs_of_ones_own(variant: str, room: Path
     lines = [{"prompt": "the", "chosen": f" file {i} is read", "rejected": f" self.x = {i}"} for i in range(12)]
     pairs = room / "pairs.jsonl"
     pairs.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    short = dataclasses.replace(TRAINING, steps=2)
-    asked = job(room, variant, ll.REGISTRY[variant].Config(), model=str(room / "tiny-lm"), pairs=pairs, training=short)
+    short = dataclasses.replace(RECIPE, steps=2)
+    asked = job(room, variant, config_of(variant, {}, [], short.steps), model=str(room / "tiny-lm"), pairs=pairs, recipe=short)
     summary = demo.demo(asked)
     assert summary["ok"], summary["checks"]
     assert summary["trait"] == "P(chosen)" and variant in summary["title"]
 
 
 def test_the_checks_notice_what_they_are_for(small: tuple[Any, Any], tmp_path: Path) -> None:
-    model, tokenizer = small
-    inputs = pack([prompt_ids(tokenizer, "")] * 4, [[5, 6, 7]] * 4, 0).inputs()
+    model, _ = small
+    inputs = {"input_ids": torch.tensor([[0, 5, 6, 7]] * 4), "attention_mask": torch.ones(4, 4)}
     pristine, base = checks.state(model), checks.logits(model, inputs)
     adapter = ll.attach(model, ll.LoRAConfig(r=2), seed=0)
     with torch.no_grad():
@@ -136,7 +138,7 @@ def test_the_checks_notice_what_they_are_for(small: tuple[Any, Any], tmp_path: P
 
 
 def test_the_cache_is_made_anew_for_another_recipe_or_corpus_and_for_a_damaged_one(tmp_path: Path) -> None:
-    recipe, corpus = dataclasses.replace(RECIPE, steps=2), made_up()
+    recipe, corpus = dataclasses.replace(TINY, steps=2), made_up()
     folder = tiny_lm.tiny_lm(tmp_path / "lm", corpus, recipe)
     made = lambda: (folder / "model.safetensors").stat().st_ino  # noqa: E731
     first = made()
@@ -185,69 +187,6 @@ def test_ngrams_are_a_distribution() -> None:
     model = traits.NGrams(["abracadabra"])
     total = sum(math.exp(model.log_likelihood("abra" + chr(i)) - model.log_likelihood("abra")) for i in range(256))
     assert total == pytest.approx(1.0)
-
-
-def test_nats_are_of_the_answer_alone_and_padding_changes_nothing(small: tuple[Any, Any]) -> None:
-    model, _ = small
-    rows = pack([[0, 9], [0]], [[5, 6, 7], [8, 4]], pad=0)
-    with torch.no_grad():
-        logits = model(**rows.inputs()).logits
-        found, whole = nats_per_token(logits, rows), nats(logits, rows)
-        alone = model(input_ids=torch.tensor([[0, 8, 4]])).logits.log_softmax(-1)
-    assert found[1].item() == pytest.approx(-(alone[0, 0, 8] + alone[0, 1, 4]).item() / 2, abs=1e-5)
-    torch.testing.assert_close(whole, found * torch.tensor([3.0, 2.0]))
-
-
-def test_drift_is_a_divergence_and_zero_for_the_base() -> None:
-    torch.manual_seed(0)
-    base, other = torch.randn(2, 2, 5, 20).unbind(0)
-    rows = pack([[1], [1]], [[2, 3, 4, 5], [2, 3]], pad=0)
-    assert contrast.drift(base, base, rows).abs().item() < 1e-6
-    exact = torch.nn.functional.kl_div(other.log_softmax(-1), base.log_softmax(-1), log_target=True, reduction="none").sum(-1)[:, :-1]
-    judged = rows.answer[:, 1:]
-    assert contrast.drift(base, other, rows, k=19).item() == pytest.approx(((exact * judged).sum() / judged.sum()).item(), rel=1e-4)
-    assert 0 < contrast.drift(base, other, rows, k=4) < contrast.drift(base, other, rows, k=19) + 1e-6
-
-
-def test_rows_of_many_c_equal_one_c_at_a_time(small: tuple[Any, Any]) -> None:
-    model, _ = small
-    adapter = ll.attach(model, ll.LoRAConfig(r=2), seed=0)
-    with torch.no_grad():
-        for p in adapter.parameters():
-            p.normal_(std=0.2)
-    rows = pack([[0]] * 3, [[5, 6, 7], [8, 4], [9]], pad=0)
-    c = torch.tensor([-1.0, 0.5, 0.5])
-    with torch.no_grad():
-        together = contrast.logits_at(model, adapter, rows, c)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ll.REGISTRY["lora"], "row_c", False)
-            apart = contrast.logits_at(model, adapter, rows, c)
-    adapter.detach()
-    torch.testing.assert_close(together, apart)
-    assert not torch.allclose(together[0], together[1])
-
-
-def doses(traits_by_c: dict[float, float]) -> list[sweep.Dose]:
-    return [sweep.Dose(c, 4, t, 0.1, 5.0, (4.0, 6.0)) for c, t in sorted(traits_by_c.items())]
-
-
-@pytest.mark.parametrize(
-    ("curve", "region"),
-    [
-        ({-2: 0.0, -1: 0.0, -0.5: 0.05, 0: 0.5, 0.5: 0.95, 1: 1.0, 2: 1.0}, (-0.5, 0.5)),
-        ({-2: 1.0, -1: 1.0, 0: 0.5, 1: 0.0, 2: 0.0}, (-1, 1)),
-        ({-2: 0.5, 0: 0.5, 2: 0.6}, None),
-        ({-2: 0.0, 0: 0.0, 2: 1.0}, (0, 2)),
-    ],
-    ids=["rising", "falling", "flat", "late"],
-)
-def test_the_gradual_region(curve: dict[float, float], region: tuple[float, float] | None) -> None:
-    assert sweep.gradual(doses(curve)) == region
-
-
-def test_a_flat_response_is_drawn_and_said(tmp_path: Path) -> None:
-    plot.dose_response(tmp_path / "flat.png", doses({-1.0: 0.5, 0.0: 0.5, 1.0: 0.5}), None, "P(code)", "flat")
-    assert (tmp_path / "flat.png").stat().st_size > 1000
 
 
 def test_a_target_that_is_nowhere_is_the_users_to_know(room: Path, done: tuple[demo.Job, dict[str, Any]]) -> None:

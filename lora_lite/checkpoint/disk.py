@@ -11,6 +11,8 @@ from pathlib import Path
 from lora_lite.checkpoint.contents import CheckpointError
 from lora_lite.checkpoint.words import listed
 
+TEMPORARY = ".lora_lite-{}.tmp"
+
 
 def check_place(path: Path) -> None:
     """Refuse what is no file, before opening it: a pipe would wait for ever."""
@@ -35,7 +37,7 @@ def make_folder(folder: Path) -> None:
 
 
 def replace(target: Path, parts: Iterable[bytes | memoryview]) -> None:
-    temporary = target.with_name(f".lora_lite-{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(TEMPORARY.format(secrets.token_hex(8)))
     file = open(temporary, "xb")  # noqa: SIM115 (a file that could not be made here is not ours to remove)
     try:
         with file:

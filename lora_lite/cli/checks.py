@@ -43,7 +43,8 @@ def zero_is_base(model: Any, adapter: ll.Adapter, inputs: dict[str, Tensor], bas
     off = torch.arange(len(base)) % 2 == 0
     with adapter(model, c=(~off).float()):
         mixed = logits(model, inputs)
-    return same and torch.equal(mixed[off], base[off]) and not torch.equal(mixed[~off], base[~off])
+    moves = not torch.equal(at(model, adapter, inputs, 1.0)[~off], base[~off])  # one that learned nothing is the base at c = 1 too
+    return same and torch.equal(mixed[off], base[off]) and torch.equal(mixed[~off], base[~off]) != moves
 
 
 def survives_the_file(model: Any, adapter: ll.Adapter, path: Path, inputs: dict[str, Tensor], pristine: dict[str, Any]) -> dict[str, bool]:

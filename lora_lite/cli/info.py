@@ -30,7 +30,7 @@ def info(path: Path) -> dict[str, Any]:
 def of_file(path: Path) -> dict[str, Any]:
     contents = read_any(path)
     config, sizes = contents.config, layer_sizes_said(contents)
-    layers = {t: layer(p, sizes[t], trained(config, t)) for t, p in contents.tensors.items()}
+    layers = {t: layer(p, sizes[t], trained(config, t, sizes[t] or UNMISTAKABLE)) for t, p in contents.tensors.items()}
     return {
         "file": str(path), "written_by": contents.by, "variant": config.variant, "config": config.to_dict(),
         "chosen": sorted(config.chosen()),
@@ -40,9 +40,9 @@ def of_file(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def trained(config: AdapterConfig, target: str) -> set[str]:
-    """The fields that train: the same at every size."""
-    specs = variant_of(config).param_specs(*UNMISTAKABLE, config.at(target, *UNMISTAKABLE))
+def trained(config: AdapterConfig, target: str, size: tuple[int, int]) -> set[str]:
+    """The fields that train: the same at every size that the config has room for."""
+    specs = variant_of(config).param_specs(*size, config.at(target, *size))
     return {f for f, spec in specs.items() if spec.trainable}
 
 

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import lora_lite as ll
 from lora_lite.cli.corpus import Corpus
-from lora_lite.cli.errors import UserError
+from lora_lite.cli.errors import UserError, asked_by_user
+from lora_lite.steering.pairs import EXPECTED, Pair
 
-FIELDS = ("prompt", "chosen", "rejected")
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two continuations of one prompt; an empty prompt is the beginning of a text."""
-
-    prompt: str
-    chosen: str
-    rejected: str
+FEW = 10  # with fewer pairs than these none is held out
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Pairs to train on, pairs to judge by, and what the two sides are called."""
+    """Pairs of texts to train on, pairs to judge by, and what the two sides are called."""
 
-    train: tuple[Pair, ...]
-    held: tuple[Pair, ...]
+    train: Sequence[Pair]
+    held: Sequence[Pair]
     chosen: str = "chosen"
     rejected: str = "rejected"
 
     def prompts(self, most: int) -> list[str]:
         """Different prompts to generate from, held-out ones first."""
-        return list(dict.fromkeys(p.prompt for p in (*self.held, *self.train)))[:most]
+        return list(dict.fromkeys(str(p.prompt) for p in (*self.held, *self.train)))[:most]
 
 
 def code_and_prose(corpus: Corpus, seed: int) -> Contrast:
@@ -43,10 +35,10 @@ def code_and_prose(corpus: Corpus, seed: int) -> Contrast:
     return Contrast(kept, held, "code", "prose")
 
 
-def shuffled_pairs(corpus: Corpus, seed: int) -> tuple[Pair, ...]:
+def shuffled_pairs(corpus: Corpus, seed: int) -> ll.ContrastivePairs:
     draw = random.Random(seed)
     code, prose = (draw.sample(kind, len(kind)) for kind in (corpus.code, corpus.prose))
-    return tuple(Pair("", c, p) for c, p in zip(code, prose, strict=False))
+    return ll.ContrastivePairs(("", c, p) for c, p in zip(code, prose, strict=False))
 
 
 def read_pairs(path: Path, seed: int) -> Contrast:
@@ -55,32 +47,14 @@ def read_pairs(path: Path, seed: int) -> Contrast:
     Raises UserError with the number of the line that is wrong.
     """
     if not path.is_file():
-        raise UserError(f"--pairs {path}: no such file; expected JSON lines, each " + '{"prompt": ..., "chosen": ..., "rejected": ...}')
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"--pairs {path}: not UTF-8 text ({error})") from error
-    pairs = list(parse(path, lines))
+        raise UserError(f"--pairs {path}: no such file; expected JSON lines, each {EXPECTED}")
+    with asked_by_user("--pairs", ValueError, OSError):
+        pairs = list(ll.ContrastivePairs.from_jsonl(path))
     if len(pairs) < 2:
         raise UserError(f"--pairs {path}: {len(pairs)} pairs; at least 2 are needed, and tens are better")
+    if ids := [i for i, pair in enumerate(pairs, 1) if not all(isinstance(part, str) for part in pair)]:
+        raise UserError(f"--pairs {path}: pairs {ids[:5]} hold token ids; the command line judges texts, so it needs them as texts")
     random.Random(seed).shuffle(pairs)
-    if len(pairs) < 10:
-        return Contrast(tuple(pairs), tuple(pairs))
-    return Contrast(tuple(p for i, p in enumerate(pairs) if i % 5), tuple(pairs[::5]))
-
-
-def parse(path: Path, lines: Sequence[str]) -> Iterator[Pair]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"--pairs {path}, line {number}"
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where}: not JSON ({error}): {line[:60]!r}") from error
-        if not isinstance(values, dict):
-            raise UserError(f"{where}: expected an object with {list(FIELDS)}, found {type(values).__name__}")
-        bad = [f for f in FIELDS if not isinstance(values.get(f), str) or (f != "prompt" and not values[f].strip())]
-        if bad:
-            raise UserError(f"{where}: {bad} missing, empty or not text; it has {sorted(values)}, needed are {list(FIELDS)}")
-        yield Pair(*(values[f] for f in FIELDS))
+    if len(pairs) < FEW:
+        return Contrast(ll.ContrastivePairs(pairs), ll.ContrastivePairs(pairs))
+    return Contrast(ll.ContrastivePairs(p for i, p in enumerate(pairs) if i % 5), ll.ContrastivePairs(pairs[::5]))

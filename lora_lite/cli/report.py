@@ -7,21 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_lite.cli.sweep import Sample
+import lora_lite as ll
 
 
-def write_samples(path: Path, samples: Sequence[Sample], doses: Sequence[float], trait: str, each: int = 3) -> None:
+def write_samples(path: Path, response: ll.DoseResponse, doses: Sequence[float], each: int = 3) -> None:
     """A few samples for each of `doses`, the first ones made, not the best ones."""
     lines = [
         "# Samples",
         "",
-        f"The first {each} of each dose, as they came. `{trait}` is the judge's; perplexity is under the base (c = 0).",
+        f"The first {each} of each dose, as they came. `{response.trait}` is the judge's; perplexity is under the base (c = 0).",
     ]
     for c in doses:
         lines += ["", f"## c = {c:g}"]
-        for s in [s for s in samples if s.c == c][:each]:
-            fence = "`" * (3 if "```" not in s.prompt + s.text else 6)
-            lines += ["", f"{trait} = {s.trait:.2f}, perplexity {s.perplexity:.1f}", "", fence + "text", s.prompt + s.text, fence]
+        for r in [r for r in response.readings if r.c == c][:each]:
+            text = response.prompts[r.prompt] + r.text
+            fence = "`" * (3 if "```" not in text else 6)
+            said = f"{response.trait} = {r.trait:.2f}, perplexity {r.coherence['perplexity']:.1f}"
+            lines += ["", said, "", fence + "text", text, fence]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -40,7 +42,10 @@ def markdown(s: Mapping[str, Any]) -> str:
         "## Doses",
         f"Trait: {s['trait']}, by two character n-gram models fitted on the training texts alone; they put {s['judge_accuracy']:.0%} of "
         "held-out texts on their own side. Coherence: perplexity of the generated text under the base; low is text the base would write.",
-        table(("c", "samples", f"{s['trait']} ± standard error", "perplexity", "quartiles"), [dose_cells(d) for d in s["doses"]]),
+        table(
+            ("c", "samples", f"{s['trait']} ± standard error", "effect", "perplexity", "distinct-3"), [dose_cells(d) for d in s["doses"]]
+        ),
+        "Effect: by how many standard deviations the texts at c differ from those at 0 (Cohen's d). Perplexity: geometric mean.",
         "## How it was made",
         table(("what", "value"), [(k.replace("_", " "), v) for k, v in s["made"].items()]),
         "## Seconds",
@@ -61,9 +66,9 @@ def gist(s: Mapping[str, Any]) -> str:
 
 
 def dose_cells(d: Mapping[str, Any]) -> tuple[str, ...]:
-    low, high = d["quartiles"]
-    trait, perplexity = f"{d['trait']:.2f} ± {d['trait_error']:.2f}", f"{d['perplexity']:.1f}"
-    return f"{d['c']:.3g}", str(d["n"]), trait, perplexity, f"{low:.1f} to {high:.1f}"
+    trait = f"{d['trait']:.2f} ± {d['trait_error'] or 0.0:.2f}"
+    effect = "-" if d["effect"] is None else f"{d['effect']:+.2f}"
+    return f"{d['c']:.3g}", str(d["n"]), trait, effect, f"{d['perplexity']:.1f}", f"{d['distinct-3']:.2f}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

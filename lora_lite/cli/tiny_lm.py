@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -42,7 +42,7 @@ class Recipe:
     seed: int = 0
 
     def fingerprint(self, corpus: Corpus) -> dict[str, object]:
-        return {**asdict(self), "corpus": corpus.digest(), "format": 1}
+        return {**asdict(self), "corpus": corpus.digest(), "format": 2}
 
 
 def tiny_lm(folder: Path, corpus: Corpus, recipe: Recipe) -> Path:
@@ -79,6 +79,7 @@ def train_tokenizer(corpus: Corpus, vocab: int) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
     size = min(sum(map(len, kind)) for kind in (corpus.prose, corpus.code))  # as much of one kind as of the other
     bpe.train_from_iterator((d for kind in (corpus.prose, corpus.code) for d in first(kind, size)), trainer)
+    bpe.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])  # every prompt begins a document
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, padding_side="left", clean_up_tokenization_spaces=False
     )

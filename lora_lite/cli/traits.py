@@ -6,7 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from lora_lite.cli.pairs import Contrast, Pair
+from lora_lite.cli.pairs import Contrast
+from lora_lite.steering.pairs import Pair
 
 ORDER = 4  # characters: the one predicted and three before it
 PRIOR = 4.0  # how many observations the shorter context counts for
@@ -44,8 +45,9 @@ class Judge:
     """P(chosen) of a text, by Bayes' rule from two equal halves; fitted on the training pairs' own texts."""
 
     def __init__(self, contrast: Contrast) -> None:
-        self.chosen = NGrams(p.chosen for p in contrast.train)
-        self.rejected = NGrams(p.rejected for p in contrast.train)
+        self.__name__ = f"P({contrast.chosen})"
+        self.chosen = NGrams(str(p.chosen) for p in contrast.train)
+        self.rejected = NGrams(str(p.rejected) for p in contrast.train)
         self.accuracy = self.accuracy_on(contrast.held)
 
     def log_odds(self, text: str) -> float:
@@ -55,8 +57,12 @@ class Judge:
         """P(chosen); a half for a text of no characters."""
         return 1 / (1 + math.exp(-max(-50.0, min(50.0, self.log_odds(text)))))
 
+    def __call__(self, texts: Sequence[str]) -> list[float]:
+        """A `score` for `ll.dose_response`."""
+        return [self.probability(text) for text in texts]
+
     def accuracy_on(self, pairs: Sequence[Pair], most: int = 100) -> float:
         """The share of texts it puts on their own side."""
         pairs = pairs[:most]
-        right = sum((self.log_odds(p.chosen) > 0) + (self.log_odds(p.rejected) < 0) for p in pairs)
+        right = sum((self.log_odds(str(p.chosen)) > 0) + (self.log_odds(str(p.rejected)) < 0) for p in pairs)
         return right / max(1, 2 * len(pairs))

@@ -107,6 +107,7 @@ class Training:
                     optimizer.zero_grad()
                     losses.append(self.backward(batch.encode(device=self.device), step, cosines))
                     optimizer.step()
+                    self.adapter.on_step(step)
                     schedule.step()
                     if held and step in looks:
                         checks.append(best.seen(self.check(step, held)))
@@ -118,16 +119,21 @@ class Training:
             best.step if best.values else recipe.steps, time.perf_counter() - start,
         )  # fmt: skip
         logger.info("{}: {}", self.adapter.name, report)
+        if best.values and best.step == 0:
+            logger.warning("{}: no check was better than the start, so the adapter is as it was; a lower lr may help", self.adapter.name)
         return report
 
     def backward(self, rows: Rows, step: int, cosines: list[float]) -> float:
         """The gradient of one batch, clipped, in `.grad`; its loss. Raises RuntimeError where either is not finite."""
         up, down = (reading.loss(self.recipe) for reading in self.readings(rows, train=True))
+        own = self.adapter.aux_loss()  # the method's own term; it takes no side, so nothing of it is projected
         if self.recipe.project:
+            if own.requires_grad:
+                own.backward()
             cosines.append(pcgrad([up, down], self.trained))
         else:
-            (up + down).backward()
-        norm, loss = torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip), (up + down).item()
+            (up + down + own).backward()
+        norm, loss = torch.nn.utils.clip_grad_norm_(self.trained, self.recipe.clip), (up + down + own).item()
         if not (math.isfinite(loss) and bool(norm.isfinite())):
             raise RuntimeError(
                 f"step {step}: loss {loss}, norm of its gradient {norm.item()}. A lower lr, a larger kl or a longer warmup may hold it; "
@@ -192,7 +198,7 @@ class Training:
 
 
 class Best:
-    """The trainable values of the check with the least loss so far; none where the last are wanted."""
+    """The values of the check with the least loss so far; none where the last are wanted."""
 
     def __init__(self, adapter: Adapter, wanted: bool) -> None:
         self.adapter, self.step, self.loss = adapter, 0, math.inf if wanted else -math.inf
@@ -201,10 +207,14 @@ class Best:
     def seen(self, check: Check) -> Check:
         if check.loss < self.loss:
             self.step, self.loss = check.step, check.loss
-            self.values = {name: p.detach().clone() for name, p in self.adapter.named_parameters()}
+            self.values = {name: p.detach().clone() for name, p in self.moving().items()}
         return check
 
     @torch.no_grad()
     def put_back(self) -> None:
-        for name, p in self.adapter.named_parameters() if self.values else ():
+        for name, p in self.moving().items() if self.values else ():
             p.copy_(self.values[name])
+
+    def moving(self) -> dict[str, Tensor]:
+        """What a step may change: the trained tensors; of a method with a schedule also those that hold its state."""
+        return self.adapter.state_dict() if self.adapter.variant.schedule else dict(self.adapter.named_parameters())

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import torch
+from torch import Tensor
 
 from lora_lite.steering.rows import Rows, Text, completion_ids, packed, pad_id, prompt_ids
 
@@ -144,6 +145,18 @@ class ContrastivePairs(Sequence[Pair]):
         pairs = self.tokenised(tokenizer, eos, max_completion)
         texts: Any = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
         return packed(texts, pad_id(tokenizer)).to(device)
+
+    def calibration_data(
+        self, tokenizer: Any = None, max_completion: int | None = None, most: int = 64, size: int = 8, labels: bool = False
+    ) -> dict[str, list[dict[str, Tensor]]]:
+        """The first `most` pairs as `ll.attach(..., calibration_data=...)` takes them: {"cho": batches, "rej": batches}, of `size` rows.
+
+        labels  with the completion's tokens as labels: `["cho"]` is then what a variant takes that reads gradients
+        """
+        parts = [self[i : min(i + size, most)] for i in range(0, min(most, len(self)), size)]
+        both = [part.encode(tokenizer, max_completion=max_completion) for part in parts]
+        both = [rows.inputs() | ({"labels": rows.ids.masked_fill(~rows.completion, -100)} if labels else {}) for rows in both]
+        return {side: [{k: v.chunk(2)[i] for k, v in rows.items()} for rows in both] for i, side in enumerate(("cho", "rej"))}
 
 
 # --- reading and checking ---------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""How does something look against c? Curves with bands, one panel for each thing measured."""
+"""How does something look against c? Curves with bands, one panel for each thing measured, and once more where c is gradual."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 COLORS = ("#1f5fa8", "0.45", "#c25b12")
+SHADE = "#f3e3b3"
+MARGINS = 0.04, 0.35  # beyond the ends, as a share of what is shown: of the whole, of the zoom
 
 
 class Curve(NamedTuple):
@@ -18,6 +20,11 @@ class Curve(NamedTuple):
     y: list[float]
     band: tuple[list[float], list[float]]
 
+    def within(self, low: float, high: float) -> Curve:
+        keep = [i for i, c in enumerate(self.c) if low <= c <= high]
+        c, y, *band = ([values[i] for i in keep] for values in (self.c, self.y, *self.band))
+        return Curve(self.name, c, y, (band[0], band[1]))
+
 
 class Panel(NamedTuple):
     label: str
@@ -25,26 +32,64 @@ class Panel(NamedTuple):
     log: bool = False
 
 
-def against_c(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
-    """One panel below the other over one axis of c. Raises ImportError, saying what to install, without matplotlib."""
+def need_matplotlib() -> Any:
+    """Its Figure. Raises ImportError that says what to install: ask before minutes of work, not after."""
     try:
         from matplotlib.figure import Figure  # seconds to import; without pyplot no display or global state is touched
     except ImportError as error:
         raise ImportError("a plot needs matplotlib, which is not installed: pip install 'lora_lite[plot]'") from error
-    figure = Figure(figsize=(7, 0.8 + 2.4 * len(panels)), layout="constrained", dpi=130)
-    axes = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    for axis, panel in zip(axes, panels, strict=True):
-        for curve, color in zip(panel.curves, COLORS, strict=False):
-            draw(axis, curve, color)
-        axis.axvline(0, color="0.6", linewidth=0.8, zorder=0)
-        axis.grid(alpha=0.25)
+    return Figure
+
+
+def against_c(
+    path: str | os.PathLike[str],
+    panels: Sequence[Panel],
+    zoom: tuple[float, float] | None = None,
+    title: str = "",
+    along: str = "c (0 is the base)",
+) -> None:
+    """One panel below the other over one axis; a second column shows the stretch `zoom`. Raises ImportError without matplotlib."""
+    every = [c for panel in panels for curve in panel.curves for c in curve.c]
+    columns = [(min(every), max(every)), *([zoom] if zoom else [])]
+    figure = need_matplotlib()(figsize=(7 + 4 * (len(columns) - 1), 0.8 + 2.4 * len(panels)), layout="constrained", dpi=130)
+    grid = figure.subplots(len(panels), len(columns), sharex="col", sharey="row", squeeze=False, width_ratios=[1.5, 1][: len(columns)])
+    for k, ((low, high), margin) in enumerate(zip(columns, MARGINS, strict=False)):
+        beyond = margin * ((high - low) or 1.0)
+        for axis, panel in zip(grid[:, k], panels, strict=True):
+            for curve, color in zip(panel.curves, COLORS, strict=False):
+                draw(axis, curve.within(low - beyond, high + beyond), color)
+            furnish(axis, panel, zoom)
+        grid[-1][k].set_xlim(low - beyond, high + beyond)
+        grid[-1][k].set_xlabel(along)
+    for axis, panel in zip(grid[:, 0], panels, strict=True):
         axis.set_ylabel(panel.label, fontsize=8)
-        if panel.log:
-            axis.set_yscale("log")
+    if zoom:
+        grid[0][0].set_title("all of it", fontsize=9)
+        grid[0][1].set_title(f"where it is gradual: c from {zoom[0]:.2g} to {zoom[1]:.2g}", fontsize=9)
     if len(panels[0].curves) > 1:
-        axes[0].legend(fontsize=8, frameon=False)
-    axes[-1].set_xlabel("c (0 is the base)")
+        grid[0][0].legend(fontsize=8, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=10)
     figure.savefig(path)
+
+
+def furnish(axis: Any, panel: Panel, zoom: tuple[float, float] | None) -> None:
+    axis.axvline(0, color="0.6", linewidth=0.8, zorder=0)
+    axis.grid(alpha=0.25)
+    if zoom:
+        axis.axvspan(*zoom, color=SHADE, zorder=-1, linewidth=0)
+    if panel.log:
+        axis.set_yscale("log")
+        plain_ticks(axis)
+
+
+def plain_ticks(axis: Any) -> None:
+    """20 and 50, not 2 x 10^1: a perplexity is read as a number."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def draw(axis: Any, curve: Curve, color: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import statistics
@@ -176,6 +177,35 @@ class DoseResponse:
         """Effect size by c. `found.null.effects()` are those of the null control: what chance and training alone do."""
         return {dose.c: dose.effect for dose in self.doses}
 
+    def gradual(self, least: float = 0.0, share: float = 0.1) -> tuple[float, float] | None:
+        """The stretch of c where the trait makes its way: from `share` to 1 - `share` of its range, rising or falling.
+
+        None where its range is not above `least`: a trait that does not move has no way to make.
+        """
+        doses = self.doses
+        ends = doses[0].trait, doses[-1].trait
+        traits = [d.trait if ends[0] <= ends[1] else -d.trait for d in doses]
+        low, high = min(traits), max(traits)
+        if not high - low > least:
+            return None
+        arrived = next(i for i, t in enumerate(traits) if t - low >= (1 - share) * (high - low))
+        left = max((i for i, t in enumerate(traits[: arrived + 1]) if t - low <= share * (high - low)), default=0)
+        return doses[left].c, doses[arrived].c
+
+    def joined(self, other: DoseResponse) -> DoseResponse:
+        """Both tables as one: a sweep, then a finer one where it was steep. A dose that is in both keeps its readings here.
+
+        Raises ValueError where they do not speak of the same: prompts, trait or measures.
+        """
+        labels = [(x.prompts, x.trait, x.measures, x.null is None) for x in (self, other)]
+        if labels[0] != labels[1]:
+            raise ValueError(
+                "these tables are of different prompts, traits or measures, or one has a null control: measure both in one way"
+            )
+        more = tuple(r for r in other.readings if r.c not in self.cs)
+        null = self.null.joined(other.null) if self.null and other.null else None
+        return dataclasses.replace(self, readings=tuple(sorted((*self.readings, *more), key=lambda r: r.c)), null=null)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON: every reading, and the doses derived from them (an infinite effect is None)."""
         plain = {"prompts": list(self.prompts), "trait": self.trait, "measures": list(self.measures)}
@@ -188,14 +218,15 @@ class DoseResponse:
         null = cls.from_dict(data["null"]) if data["null"] else None
         return cls(tuple(data["prompts"]), data["trait"], tuple(data["measures"]), tuple(Reading(**r) for r in data["readings"]), null)
 
-    def plot(self, path: str | os.PathLike[str]) -> None:
+    def plot(self, path: str | os.PathLike[str], zoom: tuple[float, float] | None = None, title: str = "") -> None:
         """Trait and coherence against c, with bands over prompts and the null control. The file's ending chooses the format.
 
+        zoom   a stretch of c to show once more, larger, and to shade: found.gradual()
         Trait: mean and standard error; coherence: quartiles. Raises ImportError where matplotlib is not installed.
         """
         panels = [plot.Panel(f"{self.trait}\n(mean ± standard error over {len(self.prompts)} prompts)", self._trait_curves())]
         panels += [plot.Panel(name, self._coherence_curves(name), log=name == "perplexity") for name in self.measures]
-        plot.against_c(path, panels)
+        plot.against_c(path, panels, zoom, title)
 
     def _trait_curves(self) -> list[plot.Curve]:
         def curve(name: str, found: DoseResponse) -> plot.Curve:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -97,6 +97,7 @@ def null_control(
     *,
     validation: float | ContrastivePairs | None = 0.1,
     calibration_data: Any = None,
+    exclude_directions: Sequence[Adapter] = (),
     seed: int = 0,
     **training: Any,
 ) -> tuple[Adapter, TrainingReport]:
@@ -109,13 +110,14 @@ def null_control(
     held-out pairs have their true labels, so the report's shift and effect are the ones to set beside those of the real training;
     the order of doses proves nothing, a null has one as well. The last weights are kept: the best of a null are its start.
     An attached adapter lends its place (and its part in gates) to the null and has its own values back afterwards, also after an
-    exception; a config, or a detached adapter's, is attached for the training. calibration_data: as for `ll.attach`.
+    exception; a config, or a detached adapter's, is attached for the training. calibration_data, exclude_directions:
+    as for `ll.attach`.
     """
     kept, held = parted(pairs, validation, seed)
     shuffled = kept.balanced_shuffle(seed)
     place = adapter if isinstance(adapter, Adapter) and adapter.attached else None
     config = adapter.config if isinstance(adapter, Adapter) else adapter
-    null = fresh(model, config, place, calibration_data, seed)
+    null = fresh(model, config, place, calibration_data, exclude_directions, seed)
     if place is None:
         null.put_on(model)
         try:
@@ -132,10 +134,12 @@ def null_control(
     return null, report
 
 
-def fresh(model: nn.Module, config: AdapterConfig, place: Adapter | None, calibration_data: Any, seed: int) -> Adapter:
+def fresh(
+    model: nn.Module, config: AdapterConfig, place: Adapter | None, calibration_data: Any, exclude: Sequence[Adapter], seed: int
+) -> Adapter:
     """A detached adapter with the values a training starts from; the one that trained before is off while they are found."""
     with nullcontext() if place is None else place(model, c=0.0):
-        null = attach(model, config, calibration_data, name="null", seed=seed)
+        null = attach(model, config, calibration_data, name="null", seed=seed, exclude_directions=exclude)
     null.detach()
     return null
 

@@ -1,0 +1,359 @@
+"""How does steering go on, round after round? Train, compare with a null, calibrate, keep or drop by a rule; what is kept acts on.
+
+A folder holds the state: state.json and an adapter's file per round. Each step of a round starts from the folder and ends in it, with
+nothing carried over in memory, so that going on after a kill is the same as never having stopped, to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+from torch import nn
+
+from lora_lite.adapter import Adapter
+from lora_lite.checkpoint import disk
+from lora_lite.config import AdapterConfig
+from lora_lite.history import HistoryBake, disabled
+from lora_lite.lifecycle import attach, load, read
+from lora_lite.steering.calibrate import calibrate_c
+from lora_lite.steering.pairs import ContrastivePairs
+from lora_lite.steering.report import TrainingReport
+from lora_lite.steering.response import aligned
+from lora_lite.steering.train import null_control, parted, train_steering
+from lora_lite.steering.writing import as_prompts
+from lora_lite.variant import variant_of
+
+STATE, FORMAT = "state.json", 1
+RULE = (
+    "A round is kept when its effect is at least {margin:g}, and at least {margin:g} above its null control's, and some positive c is "
+    "coherent; it then acts on at the largest such c, at most {dose:g}. The shift is by how many nats the odds of held-out pairs move "
+    "towards the chosen text from the base to c = {up:g}, what earlier rounds kept included; the effect is what the round adds to the "
+    "shift there was before it, over the standard deviation between pairs (Cohen's d). The null control was trained in the same way, "
+    "beside the same history, on pairs of which exactly half are exchanged."
+)
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round as the state has it; what is not done yet is None.
+
+    seed       of its start, its batches and its null
+    before     the held-out check (steering/report.py: PoleCheck) at the positive pole of what the earlier rounds left
+    trained    the same with this round, and the step whose weights were kept
+    null       the same with its null control in this round's place
+    calibrated what `ll.calibrate_c` found, as its file holds it
+    dose       at which it acts on; None where it was dropped
+    why        the rule's answer, in words
+    """
+
+    number: int
+    seed: int
+    before: Mapping[str, Any] | None = None
+    trained: Mapping[str, Any] | None = None
+    null: Mapping[str, Any] | None = None
+    calibrated: Mapping[str, Any] | None = None
+    dose: float | None = None
+    why: str = ""
+
+    @property
+    def file(self) -> str:
+        return f"round-{self.number}.safetensors"
+
+    @property
+    def name(self) -> str:
+        return f"round_{self.number}"
+
+    @property
+    def effects(self) -> tuple[float, float]:
+        """What this round adds, and what its null control does, each as Cohen's d."""
+        assert self.before and self.trained and self.null
+        return added(self.before, self.trained), added(self.before, self.null)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What the rounds came to. `print` shows a row per round and the rule; `to_dict` is JSON. Made by `ll.steering_rounds`."""
+
+    folder: Path
+    rule: str
+    rounds: tuple[Round, ...]
+
+    def kept(self) -> list[tuple[Adapter, float]]:
+        """The kept adapters and their doses, read from the folder: `history = ll.HistoryBake(model, found.kept())`."""
+        return [(read(self.folder / r.file, r.name), r.dose) for r in self.rounds if r.dose is not None]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "rule": self.rule,
+            "kept": [r.number for r in self.rounds if r.dose is not None],
+            "rounds": [{**asdict(r), "file": r.file} for r in self.rounds],
+        }
+
+    def __str__(self) -> str:
+        rows = [["round", "shift before", "after", "effect", "null effect", "c from", "to", "acts on at"]]
+        rows += [row(r) for r in self.rounds if r.why]
+        return "\n".join([*aligned(rows), *(f"round {r.number}: {r.why}" for r in self.rounds), self.rule])
+
+
+def row(r: Round) -> list[str]:
+    assert r.before and r.trained and r.calibrated
+    limits = [r.calibrated[side] for side in ("negative", "positive")]
+    shown = [r.before["shift"], r.trained["shift"], *r.effects]
+    return [str(r.number), *(f"{x:+.2f}" for x in shown), *("-" if x is None else f"{x:g}" for x in (*limits, r.dose))]
+
+
+def added(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """The difference of two checks' shifts over their pooled spread; 0.0 where there is no spread to compare with."""
+    spreads = [check["shift"] / check["effect"] if check["effect"] else 0.0 for check in (before, after)]
+    pooled = math.sqrt(sum(s * s for s in spreads) / 2)
+    return (after["shift"] - before["shift"]) / pooled if pooled else 0.0
+
+
+def steering_rounds(
+    model: nn.Module,
+    config: AdapterConfig,
+    pairs: ContrastivePairs,
+    prompts: Sequence[str | Sequence[int]],
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    rounds: int = 3,
+    margin: float = 0.5,
+    dose: float = 0.5,
+    validation: float | ContrastivePairs = 0.2,
+    training: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    after: Callable[[Round], None] | None = None,
+) -> Rounds:
+    """Several rounds of steering, each on top of what the earlier ones left: train, null control, calibrate, keep or drop, bake.
+
+        found = ll.steering_rounds(model, ll.PiSSAConfig(r=8), pairs, prompts, "out/rounds", tokenizer=tokenizer, rounds=4)
+        print(found)
+        history = ll.HistoryBake(model, found.kept())
+
+    folder       the state. Called again with the same folder and settings it goes on where it was; more `rounds` are more of them
+    margin       of the rule, which the result states: how large an effect must be, and how far above the null's
+    dose         at which a kept adapter acts on, at most; less where no c as large is coherent
+    validation   share of the pairs that judges, the same in all rounds, or pairs of their own
+    training     keywords for `ll.train_steering`, but seed and validation; calibration: for `ll.calibrate_c`, but seed
+    after        called with each step that was recorded, for a log; a kill there, or anywhere, loses the step in progress at most
+
+    The earlier rounds' history is open where the round's adapter is on, so that c = 0 is the pristine base. A variant that chooses
+    directions (PiSSA) leaves out those that kept rounds use. Each round has its own seed. The model comes out as it went in.
+
+    Raises ValueError for another job's folder (naming what differs) and for bad settings, RuntimeError where another process is at
+    work in the folder, and what training, calibration and files raise.
+    """
+    job = Job(
+        model, config, *parted(pairs, validation, seed), list(prompts), Path(folder), tokenizer, margin, dose, dict(training or {}),
+        dict(calibration or {}), seed, progress,
+    )  # fmt: skip
+    job.check(rounds)
+    disk.make_folder(job.folder)
+    with alone_in(job.folder):
+        done = recorded(job)
+        while len(done) < rounds or not all(r.why for r in done):
+            if not done or done[-1].why:
+                done.append(Round(len(done) + 1, seed + len(done)))
+            done[-1] = next_step(job, done[:-1], done[-1])
+            record(job, done)
+            if after:
+                after(done[-1])
+    return Rounds(job.folder, job.rule, tuple(done))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all rounds share."""
+
+    model: nn.Module
+    config: AdapterConfig
+    pairs: ContrastivePairs
+    held: ContrastivePairs | None
+    prompts: list[str | Sequence[int]]
+    folder: Path
+    tokenizer: Any
+    margin: float
+    dose: float
+    training: dict[str, Any]
+    calibration: dict[str, Any]
+    seed: int
+    progress: bool
+
+    @property
+    def rule(self) -> str:
+        return RULE.format(margin=self.margin, dose=self.dose, up=self.training.get("poles", (1.0, -1.0))[0])
+
+    def check(self, rounds: int) -> None:
+        """Everything that can be known before the first step."""
+        if rounds < 1 or not (math.isfinite(self.margin) and 0 < self.dose < math.inf):
+            raise ValueError(f"rounds must be at least 1, margin finite and dose above 0; got {rounds}, {self.margin}, {self.dose}")
+        own = {"training": ("seed", "validation", "progress"), "calibration": ("seed", "progress", "model", "tokenizer")}
+        for what, given in (("training", self.training), ("calibration", self.calibration)):
+            if taken := sorted(set(own[what]) & set(given)):
+                raise ValueError(f"{what} holds {taken}, which the rounds set themselves; give them to steering_rounds, or leave them out")
+        if unknown := sorted(set(self.training) - set(inspect.signature(train_steering).parameters)):
+            raise ValueError(f"training holds {unknown}, which ll.train_steering does not take")
+        if len(self.held or ()) < 2:
+            raise ValueError("validation holds less than 2 pairs, and the rule needs a spread between pairs; give a larger share, or pairs")
+        as_prompts(self.prompts, self.tokenizer)
+        for part in (self.pairs, self.held or self.pairs):
+            part.tokenised(self.tokenizer, self.training.get("eos", True), self.training.get("max_completion"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the result, as JSON."""
+        plain = {
+            "config": self.config.to_dict(), "training": self.training, "calibration": self.calibration, "margin": self.margin,
+            "dose": self.dose, "seed": self.seed, "prompts": digest(self.prompts), "pairs": digest(list(self.pairs)),
+            "validation": digest(list(self.held or ())),
+        }  # fmt: skip
+        return json.loads(json.dumps(plain, default=lambda x: getattr(x, "__name__", type(x).__name__)))
+
+    def calibration_data(self) -> Any:
+        if variant_of(self.config).calibration == "no":
+            return None
+        return self.pairs.calibration_data(self.tokenizer, self.training.get("max_completion"))
+
+
+def digest(values: Any) -> str:
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
+
+
+# -- the steps of a round -------------------------------------------------------------------------------------------------
+
+
+def next_step(job: Job, earlier: Sequence[Round], now: Round) -> Round:
+    """The round with one thing more known of it. Files it writes are whole before the state says so; done twice is done once."""
+    logger.info("round {}: {}", now.number, "train" if not now.trained else "null control" if not now.null else "calibrate")
+    with beside(job, earlier) as (history, kept):
+        if now.trained is None:
+            return trained(job, now, history, kept)
+        adapter = load(job.model, job.folder / now.file, now.name)
+        try:
+            history.set_gate(adapter)
+            return with_null(job, now, adapter, kept) if now.null is None else calibrated(job, now, adapter)
+        finally:
+            adapter.detach()
+
+
+@contextmanager
+def beside(job: Job, earlier: Sequence[Round]) -> Iterator[tuple[HistoryBake, list[Adapter]]]:
+    """What the earlier rounds kept, on the model for the block and as adapters."""
+    kept = Rounds(job.folder, job.rule, tuple(earlier)).kept()
+    history = HistoryBake(job.model, kept)
+    try:
+        yield history, [adapter for adapter, _ in kept]
+    finally:
+        history.remove()
+
+
+def directions(job: Job, kept: list[Adapter]) -> list[Adapter]:
+    return kept if variant_of(job.config).chooses_directions else []
+
+
+def trained(job: Job, now: Round, history: HistoryBake, kept: list[Adapter]) -> Round:
+    with disabled(job.model):  # its start is chosen on the base, as the null's is
+        adapter = attach(job.model, job.config, job.calibration_data(), now.name, seed=now.seed, exclude_directions=directions(job, kept))
+    try:
+        history.set_gate(adapter)
+        report = train_steering(
+            job.model, adapter, job.pairs, job.tokenizer, validation=job.held, seed=now.seed, progress=job.progress, **job.training
+        )
+        adapter.save(job.folder / now.file, {"round": str(now.number)})
+    finally:
+        adapter.detach()
+    return replace(now, before=asdict(report.checks[0].poles[0]), trained=at_positive_pole(report))
+
+
+def with_null(job: Job, now: Round, adapter: Adapter, kept: list[Adapter]) -> Round:
+    how = {name: value for name, value in job.training.items() if name != "keep"}
+    _, report = null_control(
+        job.model, adapter, job.pairs, job.tokenizer, validation=job.held, calibration_data=job.calibration_data(),
+        exclude_directions=directions(job, kept), seed=now.seed, progress=job.progress, **how,
+    )  # fmt: skip
+    return replace(now, null=at_positive_pole(report))
+
+
+def at_positive_pole(report: TrainingReport) -> dict[str, Any]:
+    assert report.best is not None  # there are held-out pairs
+    return {**asdict(report.best.poles[0]), "step": report.best_step}
+
+
+def calibrated(job: Job, now: Round, adapter: Adapter) -> Round:
+    """How far it goes, which its file keeps, and with that the rule's answer."""
+    found = calibrate_c(adapter, job.prompts, tokenizer=job.tokenizer, seed=now.seed, progress=job.progress, **job.calibration)
+    adapter.save(job.folder / now.file)
+    return judged(job, replace(now, calibrated=found.to_dict()))
+
+
+def judged(job: Job, now: Round) -> Round:
+    assert now.calibrated
+    (effect, null), limit = now.effects, now.calibrated["positive"]
+    compared = f"effect {effect:+.2f}, the null's {null:+.2f}"
+    if not effect >= max(null, 0.0) + job.margin:
+        return replace(now, why=f"dropped: {compared}, where {max(null, 0.0) + job.margin:.2f} was needed")
+    if limit is None:
+        return replace(now, why=f"dropped: {compared}, but {now.calibrated['verdict']}")
+    dose = min(job.dose, limit)
+    return replace(now, dose=dose, why=f"kept, and acts on at c = {dose:g}: {compared}; {now.calibrated['verdict']}")
+
+
+# -- the state ------------------------------------------------------------------------------------------------------------
+
+
+def record(job: Job, done: Sequence[Round]) -> None:
+    state = {"format": FORMAT, "job": job.to_dict(), "rule": job.rule, "rounds": [asdict(r) for r in done]}
+    disk.replace(job.folder / STATE, [json.dumps(state, indent=1, ensure_ascii=False).encode()])
+
+
+def recorded(job: Job) -> list[Round]:
+    """The rounds so far; the last one may be half done. Raises ValueError for the state of another job, or of none."""
+    path = job.folder / STATE
+    if not path.exists():
+        return []
+    try:
+        state = json.loads(path.read_bytes())
+        there, done = state["job"], [Round(**r) for r in state["rounds"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a state of steering_rounds ({error}); give another folder") from error
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {state.get('format')}, this version reads {FORMAT}; give another folder")
+    here = job.to_dict()
+    differ = [f"{key} was {there.get(key)}, is {here.get(key)}" for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
+    if differ:
+        raise ValueError(
+            f"{job.folder} holds the rounds of another job: {'; '.join(differ)}. Give another folder, or those settings to go on"
+        )
+    return done
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Two processes in one folder would each undo the other's step; the system drops the lock with the process, however it ends."""
+    with ExitStack() as held:
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            yield
+            return
+        handle = os.open(folder, os.O_RDONLY)
+        held.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RuntimeError(f"another process is at work in {folder}; wait for it, or give another folder") from error
+        for left in folder.glob(disk.TEMPORARY.format("*")):  # of a process that was killed while it wrote
+            left.unlink()
+        yield
