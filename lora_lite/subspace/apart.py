@@ -35,8 +35,6 @@ class Apart(Layer):
         B, A = self.own(kind, task)
         return LowRank(A.double(), B.double().T, self.scales[self.index[task]])
 
-    loose = update
-
     def rank(self, kind: Kind, task: str) -> int:
         return self.ranks[self.index[task]]
 

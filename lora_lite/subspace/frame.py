@@ -131,7 +131,7 @@ def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int) -> tuple[Tensor, Ten
                 weak = bool(wanted) and float(values[wanted - 1]) < WEAK * float(values[0])
                 return None if weak else (orthonormal(vectors[:, :wanted].T @ K.double()), values[:wanted])
             caught = now
-        for _ in range(2):
+        for _ in range(2):  # as in `outside`
             new = orthonormal(new - (new @ K.T) @ K)
         K = torch.cat([K, new])
     return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_lite.lowrank import LowRank
-from lora_lite.subspace.coefficients import Kind, Parts, compact, expand, rows, squares
+from lora_lite.subspace.coefficients import Kind, Parts, compact, rows, squares
 from lora_lite.subspace.frame import Frame
 from lora_lite.subspace.packed import Stored, append, dense, take
 from lora_lite.variants.lora import LoRAConfig
@@ -69,11 +69,6 @@ class Layer:
     def rank(self, kind: Kind, task: str) -> int:
         """Of the task's update: as its adapter had it, but a diagonal has the basis' own."""
         return max(1, min(self.b.k, self.a.k)) if kind == "diag" else self.ranks[self.index[task]]
-
-    def loose(self, kind: Kind, task: str) -> LowRank:
-        """The same update without a decomposition, on the basis' own k ranks."""
-        i = self.index[task]
-        return LowRank(*expand(kind, self.own(kind, task), self.b, self.a, self.ranks[i], (self.d_in, self.d_out)), self.scales[i])
 
     def weights(self) -> Tensor:
         """(n,) squared scales: what turns a coefficient's squared size into its update's."""
