@@ -11,6 +11,7 @@ from lora_lite.lowrank import LowRank
 from lora_lite.peft_format import from_peft, to_peft
 from lora_lite.subspace import SharedSubspace, TaskProjection
 from lora_lite.target import Target, find_targets
+from lora_lite.transfer import DimensionProjector, TransferResult, distill_transfer, evaluate_transfer, transfer_adapter
 from lora_lite.variant import REGISTRY, Base, Identity, Initial, ParamSpec, Variant, register
 from lora_lite.variants import (
     DeLoRAConfig,
@@ -33,9 +34,9 @@ from lora_lite.version import __version__
 logger.disable("lora_lite")  # a library is silent; `logger.enable("lora_lite")` lets it speak, as the command line does
 
 __all__ = [
-    "Adapter", "AdapterConfig", "Base", "CheckpointError", "DeLoRAConfig", "DoRAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig",
-    "HistoryBake", "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig",
-    "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SharedSubspace", "Target", "TaskProjection",
-    "Variant", "VeRAConfig", "__version__", "adapters", "attach", "disabled", "find_targets", "from_peft", "load", "register",
-    "stack", "to_peft",
+    "Adapter", "AdapterConfig", "Base", "CheckpointError", "DeLoRAConfig", "DimensionProjector", "DoRAConfig", "HRAConfig",
+    "HRAGSConfig", "HiRAConfig", "HistoryBake", "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAXSConfig",
+    "LowRank", "MiSSConfig", "OFTConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SharedSubspace",
+    "Target", "TaskProjection", "TransferResult", "Variant", "VeRAConfig", "__version__", "adapters", "attach", "disabled",
+    "distill_transfer", "evaluate_transfer", "find_targets", "from_peft", "load", "register", "stack", "to_peft", "transfer_adapter",
 ]  # fmt: skip

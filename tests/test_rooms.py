@@ -27,6 +27,7 @@ ROOMS = (
     "history",
     "keeping",
     "peft_format",
+    "transfer",
     "subspace",
     "lifecycle",
     "adapter",
