@@ -15,10 +15,14 @@ from loguru import logger
 from tqdm import tqdm
 
 import lora_lite as ll
+from lora_lite.cli import transfer
 from lora_lite.cli.errors import UserError, asked_by_user
 
 app = typer.Typer(name="lora-lite", no_args_is_help=True, add_completion=False, help="Adapters with a dial, on unmodified models.")
 GIVEN_OR = {"r": 8, "alpha": 16.0}  # for variants that have them
+
+
+app.command()(transfer.transfer)
 
 
 def show_version(wanted: bool) -> bool:

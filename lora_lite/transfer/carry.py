@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from lora_lite.subspace.source import AdapterSource, lora_config
 from lora_lite.transfer.batches import Batches, paired
 from lora_lite.transfer.fitting import Figures, Statistics
 from lora_lite.transfer.likeness import block_map
-from lora_lite.transfer.listening import Listener
+from lora_lite.transfer.listening import Listener, Site
 from lora_lite.transfer.parts import Anatomy, check_map
 from lora_lite.transfer.plan import Job, alike, planned, skipped
 from lora_lite.transfer.projector import DimensionProjector
@@ -56,7 +56,7 @@ def transfer_adapter(
     target_batches  the target's own, where the tokenizers differ: batch by batch as many tokens, token i beside token i
     roles           "writer" (o and down: nearly all of the effect), "reader" (q, k, v, gate, up), or both
     layer_map       "depth"; "cka" (blocks whose streams are most alike); {source block: target block}; {source module: target module}
-    sequential      block by block, the source with its adapter and the target with what was moved so far: a pass per block
+    sequential      block after block, both models with what was moved before it in place: a pass per block
     min_r2          modules whose read_r2 is lower are skipped
     copy_below      same shape and base weights this close (relative distance): the update is copied, not mapped; 0 never copies
     strict          a module that cannot be moved is an error, not a row "skipped"
@@ -90,6 +90,13 @@ def transfer_adapter(
 Carried = tuple[Job, LowRank | None, Moved]
 
 
+@runtime_checkable
+class Taking(Protocol):
+    """Whatever takes the activations of one pair of batches."""
+
+    def add(self, xs: Mapping[Site, Tensor], xt: Mapping[Site, Tensor]) -> None: ...
+
+
 class Run:
     """Both models over the pairs of batches."""
 
@@ -102,15 +109,15 @@ class Run:
         groups = [[job for job in jobs if job.target.depth == b] for b in blocks] if sequential else [jobs] if jobs else []
         done: list[Carried] = []
         for group in groups:
-            before = assembled(self.adapter, done, self.target) if sequential and any(u is not None for _, u, _ in done) else None
-            done += self.fit(group, before, sequential, min_r2)
+            done += self.fit(group, [carried for carried in done if carried[1] is not None], min_r2)
         return done
 
-    def fit(self, jobs: Sequence[Job], before: Adapter | None, adapted: bool, min_r2: float | None) -> list[Carried]:
+    def fit(self, jobs: Sequence[Job], before: Sequence[Carried], min_r2: float | None) -> list[Carried]:
+        """Jobs on the activations as they are with `before` in place on both sides."""
         statistics = Statistics(jobs)
         self.listen(Listener(self.source, [s for j in jobs for s in (j.read[0], j.write[0], j.out[0])], "source"),
                     Listener(self.target, [s for j in jobs for s in (j.read[1], j.write[1], j.out[1])], "target"),
-                    statistics, before, adapted)  # fmt: skip
+                    statistics, before)  # fmt: skip
         self.tokens = statistics.fitted
         check_tokens(self.tokens, jobs)
         return [
@@ -118,25 +125,28 @@ class Run:
             for i, job in enumerate(tqdm(jobs, desc="fit", unit="module", delay=2, disable=not self.progress))
         ]
 
-    def listen(self, source: Listener, target: Listener, statistics: Any, before: Adapter | None = None, adapted: bool = False) -> None:
+    def listen(self, source: Listener, target: Listener, statistics: Taking, before: Sequence[Carried] = ()) -> None:
         """Every pair of batches through both models, into `statistics.add`."""
-        with undisturbed(source.model), undisturbed(target.model):
+        with ExitStack() as state:
+            state.enter_context(undisturbed(source.model))
+            state.enter_context(undisturbed(target.model))
+            if self.adapter.attached:
+                state.enter_context(self.adapter(self.source.model, c=0.0))
+            if before:
+                state.enter_context(restricted(self.adapter, {job.source.module for job, _, _ in before})(source.model))
+                state.enter_context(assembled(self.adapter, before, self.target, "transfer_to")(target.model))
             for number, (theirs, ours) in enumerate(tqdm(self.pairs, desc="align", unit="batch", delay=2, disable=not self.progress)):
                 try:
-                    with self.on_source(adapted):
-                        xs = source.run(theirs)
-                    with before(target.model) if before is not None else nullcontext():
-                        xt = target.run(ours)
-                    statistics.add(xs, xt)
+                    statistics.add(source.run(theirs), target.run(ours))
                 except Exception as error:
                     error.add_note(f"in calibration batch {number}")
                     raise
 
-    def on_source(self, adapted: bool) -> AbstractContextManager[Any]:
-        """The source with its adapter, or without."""
-        if adapted or self.adapter.attached:
-            return self.adapter(self.source.model, c=1.0 if adapted else 0.0)
-        return nullcontext()
+
+def restricted(adapter: Adapter, modules: set[str]) -> Adapter:
+    """The adapter on some of its modules, detached."""
+    tensors = {m: {f: p.detach().clone() for f, p in fields.items()} for m, fields in adapter.tensors().items() if m in modules}
+    return Adapter(adapter.config, tensors, {m: adapter.sizes[m] for m in tensors}, name="transfer_from")
 
 
 def copied(job: Job) -> tuple[LowRank, Moved]:
@@ -155,7 +165,7 @@ def verdict(job: Job, update: LowRank, found: Figures, min_r2: float | None) -> 
 # -- the adapter that comes out ---------------------------------------------------------------------------------------------
 
 
-def assembled(adapter: Adapter, moved: Sequence[Carried], target: Anatomy) -> Adapter:
+def assembled(adapter: Adapter, moved: Sequence[Carried], target: Anatomy, name: str | None = None) -> Adapter:
     """A detached LoRA of the target's names, with the fingerprint of the target's base."""
     parts: dict[str, list[tuple[Job, LowRank]]] = {}
     for job, update, _ in moved:
@@ -168,7 +178,7 @@ def assembled(adapter: Adapter, moved: Sequence[Carried], target: Anatomy) -> Ad
     config = lora_config(ends, {m: u.r for m, u in updates.items()}, {m: float(u.g) for m, u in updates.items()})
     tensors = {m: {"lora_A": on(u.A, layers[m].module, dtype), "lora_B": on(u.B, layers[m].module, dtype)} for m, u in updates.items()}
     return Adapter(
-        config, tensors, {m: (t.d_in, t.d_out) for m, t in layers.items()}, name=adapter.name, metadata=dict(adapter.metadata),
+        config, tensors, {m: (t.d_in, t.d_out) for m, t in layers.items()}, name=name or adapter.name, metadata=dict(adapter.metadata),
         fingerprint=fingerprint(target.model, {m: t.module for m, t in layers.items()}),
     )  # fmt: skip
 

@@ -54,8 +54,8 @@ class Statistics:
             z = z @ job.update.A.to(z).T
             self.moments[i] = self.moments[i] + z.T @ z if i in self.moments else z.T @ z
         for pair in {job.out for job in self.jobs}:
-            known, now = self.energy.get(pair, (0.0, 0.0)), (xs[pair[0]], xt[pair[1]])
-            self.energy[pair] = tuple(e + float(wide(self.kept(y)).square().sum()) for e, y in zip(known, now, strict=True))
+            known = self.energy.get(pair, (0.0, 0.0))
+            self.energy[pair] = (known[0] + self.size(xs[pair[0]]), known[1] + self.size(xt[pair[1]]))
         n = len(xs[self.jobs[0].read[0]])
         self.fitted += n - int(self.held_out(n).sum())
         self.seen += n
@@ -70,6 +70,9 @@ class Statistics:
 
     def kept(self, x: Tensor) -> Tensor:
         return x[~self.held_out(len(x)).to(x.device)]
+
+    def size(self, y: Tensor) -> float:
+        return float(wide(self.kept(y)).square().sum())
 
     def moved(self, i: int) -> tuple[LowRank, Figures]:
         """Job i's update for the target, and its figures: turned on both sides, then scaled to the same relative energy."""
