@@ -108,8 +108,9 @@ def measured(seed: int) -> dict[str, float]:
             unlabelled = texts.batches(40, seed + 50, texts.code)
             zero = dataclasses.replace(result, adapter=fresh(target, seed))
             for start, what in ((result, "transferred start"), (zero, "from zero")):
-                better = ll.distill_transfer(start, source, target, unlabelled, progress=False)
-                found[f"40 label-free steps, {what}"] = judged(better.adapter).recovery or 0.0
+                for steps in (10, 40):
+                    better = ll.distill_transfer(start, source, target, unlabelled, steps=steps, progress=False)
+                    found[f"{steps} label-free steps, {what}"] = judged(better.adapter).recovery or 0.0
             copy = widened(source, seed)
             moved = ll.transfer_adapter(adapter, source, copy, calibration, roles=roles, progress=False).adapter
             found["widened copy, gain kept"] = ll.evaluate_transfer(source, copy, adapter, moved, texts.exam()).gain_kept or 0.0

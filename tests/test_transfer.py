@@ -243,6 +243,10 @@ def test_writers_alone_are_the_default_and_readers_are_listed(source: Any, adapt
     assert all("a reader" in r.why for r in result.report if r.action == "skipped") and len(result.report) == 14
 
 
+def test_strict_minds_the_roles_asked_for(source: Any, adapter: ll.Adapter) -> None:
+    assert carry(adapter, source, llama(seed=5, hidden=96), roles=WRITERS, strict=True).counts() == {"moved": 4, "copied": 0, "skipped": 10}
+
+
 def test_poor_modules_are_skipped_by_min_r2(source: Any, adapter: ll.Adapter) -> None:
     stranger = llama(seed=5, hidden=96)
     scores = sorted(r.read_r2 or 0.0 for r in carry(adapter, source, stranger).report)
@@ -446,9 +450,9 @@ def fresh(model: Any) -> ll.Adapter:
         ({"layer_map": {"model.layers.0.mlp.down": "model.layers.0.mlp.down_proj"}}, "mlp.down'.*source"),
         ({"min_r2": math.nan}, "min_r2"),
         ({"copy_below": -1.0}, "copy_below"),
-        ({"strict": True}, "strict=True.*q_proj: a reader"),
+        ({"roles": ("reader",), "layer_map": {"model.layers.0.mlp.down_proj": "model.layers.0.mlp.down_proj"}}, "no module can be moved"),
         ({"strict": True, "roles": ALL, "layer_map": {0: 1}}, "strict=True.*layers.1.*layer_map has no block 1"),
-        ({"strict": True, "roles": ALL, "min_r2": 0.9999}, "strict=True.*read_r2"),
+        ({"strict": True, "roles": ALL, "min_r2": 0.68}, "strict=True.*read_r2"),
     ],
     ids=lambda v: ",".join(v) if isinstance(v, dict) else "",
 )

@@ -35,7 +35,8 @@ def rotated(model: Any, seed: int = 0) -> Any:
             layer.weight.copy_(layer.weight @ Q.T)
         elif last in WRITERS:
             layer.weight.copy_(Q @ layer.weight)
-            layer.bias.copy_(Q @ layer.bias)
+            if layer.bias is not None:
+                layer.bias.copy_(Q @ layer.bias)
     return twin
 
 

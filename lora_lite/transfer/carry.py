@@ -59,7 +59,7 @@ def transfer_adapter(
     sequential      block after block, both models with what was moved before it in place: a pass per block
     min_r2          modules whose read_r2 is lower are skipped
     copy_below      same shape and base weights this close (relative distance): the update is copied, not mapped; 0 never copies
-    strict          a module that cannot be moved is an error, not a row "skipped"
+    strict          a module of these roles that cannot be moved is an error, not a row "skipped"
 
     Both models are run in eval mode without gradients, and come back as they were, also after an exception. The adapter may be
     attached to its model or not. Costs two forwards per batch and, per pair of sites, sums of d x d in float64 and one SVD.
@@ -74,14 +74,16 @@ def transfer_adapter(
         check_share("min_r2", min_r2)
     updates = low_rank(adapter, source)
     run = Run(source, target, adapter, paired(source.model, target.model, batches, target_batches), progress)
-    jobs, rows = planned(updates, source, target, wanted, block_map(source, target, run.listen) if layer_map == "cka" else layer_map)
+    blocks = block_map(source, target, run.listen) if layer_map == "cka" else layer_map
+    jobs, left, rows = planned(updates, source, target, wanted, blocks)
     rows += [skipped(name, "trained beside the adapter (train_also), not a low-rank update") for name in adapter.also()]
-    refuse_skipped(rows, strict, jobs)
+    refuse(rows, strict, jobs or None, left)
     near = [alike(job, copy_below) for job in jobs]
     moved = [(job, *copied(job)) for job, is_near in zip(jobs, near, strict=True) if is_near]
     moved += run.fitted([job for job, is_near in zip(jobs, near, strict=True) if not is_near], sequential, min_r2)
     rows += [row for _, _, row in moved]
-    refuse_skipped([row for row in rows if row.action == "skipped"], strict, [job for job, update, _ in moved if update is not None])
+    refuse([row for row in rows if row.action == "skipped"], strict, [u for _, u, _ in moved if u is not None] or None, left)
+    rows += left
     order = {name: i for i, name in enumerate(updates.modules)}
     report = sorted(rows, key=lambda row: order.get(row.source.partition("[")[0], len(order)))
     return TransferResult(assembled(adapter, moved, target), tuple(report), adapter, run.tokens)
@@ -252,9 +254,14 @@ def check_tokens(tokens: int, jobs: Sequence[Job]) -> None:
         raise ValueError(f"{tokens} tokens to fit on are too few for {worst.label}, {shapes}: at least {least}, better 1000 to 4000")
 
 
-def refuse_skipped(rows: Sequence[Moved], strict: bool, jobs: Sequence[Job]) -> None:
-    told = "; ".join(f"{row.source}: {row.why}" for row in rows[:5]) + f" ({len(rows)} in all)"
+def refuse(rows: Sequence[Moved], strict: bool, something: object, left: Sequence[Moved]) -> None:
+    """Raises ValueError where nothing is left to move, or where `strict` and a module of the roles asked for cannot be."""
+    rows = sorted(rows, key=lambda row: row.read_r2 is None)
+    if something is None:
+        raise ValueError(f"no module can be moved: {listing([*rows, *left])}")
     if strict and rows:
-        raise ValueError(f"strict=True, and not every module can be moved: {told}")
-    if not jobs:
-        raise ValueError(f"no module can be moved: {told}")
+        raise ValueError(f"strict=True, and not every module can be moved: {listing(rows)}")
+
+
+def listing(rows: Sequence[Moved]) -> str:
+    return "; ".join(f"{row.source}: {row.why}" for row in rows[:5]) + f" ({len(rows)} in all)"

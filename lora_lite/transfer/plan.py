@@ -38,12 +38,17 @@ class Job:
 
 def planned(
     updates: AdapterSource, source: Anatomy, target: Anatomy, roles: Sequence[str], layer_map: Any
-) -> tuple[list[Job], list[Moved]]:
-    """The jobs, and a row for each part that has nowhere to go."""
+) -> tuple[list[Job], list[Moved], list[Moved]]:
+    """The jobs, a row for each module that `roles` leaves out, and one for each part that has nowhere to go."""
     jobs: list[Job] = []
+    left: list[Moved] = []
     rows: list[Moved] = []
     for module in updates.modules:
-        if reason := unmovable(module, source, roles):
+        role = source.layers[module].role
+        if role is not None and role not in roles:
+            left.append(skipped(module, f"a {role}, and roles={tuple(roles)!r}"))
+            continue
+        if reason := unmovable(module, source):
             rows.append(skipped(module, reason))
             continue
         A, B, scale = updates.read(module)
@@ -53,14 +58,14 @@ def planned(
                 rows.append(skipped(part.name, goal))
             else:
                 jobs.append(job_of(part, goal, LowRank(A, part.of(B), scale), source, target))
-    return jobs, rows
+    return jobs, left, rows
 
 
 def skipped(name: str, why: str) -> Moved:
     return Moved(source=name, target=None, action="skipped", why=why)
 
 
-def unmovable(module: str, source: Anatomy, roles: Sequence[str]) -> str | None:
+def unmovable(module: str, source: Anatomy) -> str | None:
     t = source.layers[module]
     if t.depth is None:
         return "outside the stack of blocks, where there is no depth to go by"
@@ -68,9 +73,7 @@ def unmovable(module: str, source: Anatomy, roles: Sequence[str]) -> str | None:
         return "inside an expert, which sees tokens in an order of its own"
     if module in source.problems:
         return source.problems[module]
-    if t.role is None:
-        return "neither a reader nor a writer of the residual stream, as far as is known"
-    return None if t.role in roles else f"a {t.role}, and roles={tuple(roles)!r}"
+    return None if t.role else "neither a reader nor a writer of the residual stream, as far as is known"
 
 
 def goal_of(part: Part, source: Anatomy, target: Anatomy, layer_map: Any) -> Part | str:
