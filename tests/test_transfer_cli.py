@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from twins import recovered, rotated, trained
 
 import lora_lite as ll
-from lora_lite.cli import app, main, tiny_lm
+from lora_lite.cli import main, tiny_lm, transfer
 from lora_lite.cli.corpus import Corpus
 
 WAYS = [(a, b, c) for a in ("quick", "slow", "old") for b in ("jumps", "falls") for c in ("lazy", "tired")]
@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Path) -> Any:
     monkeypatch.chdir(place)
-    monkeypatch.setattr(app, "speak", lambda: None)
+    monkeypatch.setattr(transfer, "speak", lambda: None)
 
     def call(**options: str | None) -> tuple[int, str, str]:
         given = {"adapter": "adapter.safetensors", "source": "source", "target": "target", "text": "text.txt", "out": "out.safetensors"}
@@ -111,8 +111,6 @@ def test_a_mistake_is_one_line_and_exit_status_2(options: dict[str, str], said: 
 
 
 def test_one_batch_of_rows_is_padded_and_masked() -> None:
-    from lora_lite.cli.transfer import padded
-
-    batch = padded(list(range(1, 8)), 4, 0)
+    batch = transfer.padded(list(range(1, 8)), 4, 0)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]
     assert torch.equal(batch["attention_mask"].bool(), batch["input_ids"] != 0)

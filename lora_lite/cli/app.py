@@ -11,12 +11,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from loguru import logger
-from tqdm import tqdm
 
 import lora_lite as ll
 from lora_lite.cli import transfer
 from lora_lite.cli.errors import UserError, asked_by_user
+from lora_lite.cli.speech import speak
 
 app = typer.Typer(name="lora-lite", no_args_is_help=True, add_completion=False, help="Adapters with a dial, on unmodified models.")
 GIVEN_OR = {"r": 8, "alpha": 16.0}  # for variants that have them
@@ -101,17 +100,6 @@ def assignment(text: str) -> tuple[str, Any]:
         return name.strip(), json.loads(value)
     except ValueError:
         return name.strip(), value
-
-
-def speak() -> None:
-    """The library's log goes to stderr, past the progress bars."""
-    import transformers
-
-    logger.remove()
-    logger.add(lambda line: tqdm.write(line, end="", file=sys.stderr), level="INFO", format="<level>{message}</level>")
-    logger.enable("lora_lite")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def readable(s: dict[str, Any]) -> str:

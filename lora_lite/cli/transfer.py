@@ -13,6 +13,7 @@ from torch import Tensor
 
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
+from lora_lite.cli.speech import speak
 from lora_lite.cli.texts import pad_id
 
 ROLES = {"writers": ("writer",), "readers": ("reader",), "all": ("reader", "writer")}
@@ -43,8 +44,6 @@ def transfer(
     if not out.parent.is_dir() or out.is_dir():
         raise UserError(f"--out {out}: expected a file in a folder that exists")
     written = read_text(text)
-    from lora_lite.cli.app import speak
-
     speak()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     (here, words), (there, other_words) = (

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lora_lite.base import dense_weight, quantised
 from lora_lite.lowrank import LowRank
@@ -14,6 +15,8 @@ from lora_lite.subspace.source import AdapterSource
 from lora_lite.transfer.listening import Site
 from lora_lite.transfer.parts import Anatomy, Part, by_depth, partner_stack
 from lora_lite.transfer.result import Moved
+
+ROWS = 256  # of two weights that are compared at once: no copy of a whole one is made
 
 
 @dataclass(frozen=True)
@@ -122,5 +125,16 @@ def alike(job: Job, below: float) -> bool:
         return False
     if any(quantised(p.target.module) or p.target.module._parameters.get("weight") is None for p in (a, b)):
         return False
-    Ws, Wt = (p.of(dense_weight(p.target.module).detach()) for p in (a, b))
-    return float((Ws.to(Wt.device, torch.float32) - Wt.float()).norm()) < below * float(Wt.float().norm())
+    apart = whole = 0.0
+    for start in range(0, a.d_out, ROWS):
+        Ws, Wt = (some_rows(p, start) for p in (a, b))
+        apart += float((Ws.to(Wt.device) - Wt).square().sum())
+        whole += float(Wt.square().sum())
+    return apart < below**2 * whole
+
+
+def some_rows(part: Part, start: int) -> Float[Tensor, "n d_in"]:
+    """ROWS rows of the part's weight from `start`, in float32."""
+    W = dense_weight(part.target.module).detach()
+    rows = slice(start, start + ROWS) if part.rows is None else part.rows[start : start + ROWS].to(W.device)
+    return W[rows].float()
