@@ -64,6 +64,15 @@ def test_on_the_source_itself_the_function_is_the_same(source: Any, roles: Any, 
         assert all(torch.equal(a, update_of(adapter)[n]) for n, a in update_of(result.adapter).items())
 
 
+@pytest.mark.parametrize(("distance", "action"), [(0.05, "copied"), (0.2, "moved")])
+def test_an_update_is_copied_where_the_base_has_moved_a_little(source: Any, adapter: ll.Adapter, distance: float, action: str) -> None:
+    target, draw = copy.deepcopy(source), generator(4)
+    with torch.no_grad():
+        for p in target.parameters():
+            p.add_(torch.randn(p.shape, generator=draw) * distance * p.square().mean().sqrt())
+    assert {r.action for r in carry(adapter, source, target, roles=WRITERS).report if r.target} == {action}
+
+
 @pytest.mark.parametrize("twin", [rotated, permuted, widened])
 @pytest.mark.parametrize("sequential", [False, True], ids=["at once", "sequential"])
 def test_a_twin_gets_all_of_it(source: Any, adapter: ll.Adapter, twin: Callable[[Any], Any], sequential: bool) -> None:
