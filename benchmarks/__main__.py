@@ -19,7 +19,7 @@ import torch
 import lora_lite
 from benchmarks.measure import Row, Setup
 
-NAMES = ("aa", "decode", "prefill", "train", "dora", "imports", "attach", "history", "steering", "variants", "subspace")
+NAMES = ("aa", "decode", "prefill", "train", "dora", "imports", "attach", "history", "steering", "variants", "subspace", "transfer")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -85,22 +85,22 @@ class Row:
 
     @property
     def allowed(self) -> str:
-        """The bound as words: "<= 1.16", "0.99..1.01", or nothing."""
+        """The bound as words: "<= 1.16", "0.99..1.01", ">= 0.95", or nothing."""
         if self.at_most is None:
-            return ""
+            return f">= {self.at_least:.2f}" if self.at_least else ""
         return f"{self.at_least:.2f}..{self.at_most:.2f}" if self.at_least else f"<= {self.at_most:.2f}"
 
     @property
     def verdict(self) -> str:
         """Is the bound kept? "ok", "over", or "unsure" where the median is over, but not by more than it may be off itself."""
-        if self.at_most is None:
+        if self.at_most is None and not self.at_least:
             return ""
         if self.allows(self.spread.median):
             return "ok"
         return "unsure" if any(self.allows(self.spread.median + sign * self.spread.margin) for sign in (-1, 1)) else "over"
 
     def allows(self, value: float) -> bool:
-        return self.at_most is None or self.at_least <= value <= self.at_most
+        return self.at_least <= value and (self.at_most is None or value <= self.at_most)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from lora_lite.steering import (
 )  # fmt: skip
 from lora_lite.subspace import SharedSubspace, TaskProjection
 from lora_lite.target import Target, find_targets
+from lora_lite.transfer import DimensionProjector, TransferResult, distill_transfer, evaluate_transfer, transfer_adapter
 from lora_lite.variant import REGISTRY, Base, Identity, Initial, ParamSpec, Variant, register
 from lora_lite.variants import (
     AdaLoRAConfig,
@@ -56,11 +57,11 @@ logger.disable("lora_lite")  # a library is silent; `logger.enable("lora_lite")`
 
 __all__ = [
     "AdaLoRAConfig", "Adapter", "AdapterConfig", "AntiPaSTOConfig", "Base", "CheckpointError", "ContrastivePairs", "CorDAConfig",
-    "DeLoRAConfig", "DoRAConfig", "DoseResponse", "EVAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig", "HistoryBake",
-    "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAGAConfig", "LoRAXSConfig", "LowRank", "MiSSConfig",
-    "OFTConfig", "OLoRAConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SSVDConfig",
-    "SharedConfig", "SharedSubspace", "Target", "TaskProjection", "Variant", "VeRAConfig", "__version__", "adapters", "attach",
-    "block_shifts", "calibrate_c", "completion_nll", "disabled", "dose_response", "find_targets", "from_peft", "load",
-    "margin_nll", "null_control", "pcgrad", "read", "reference_kl", "register", "stack", "steering_rounds", "to_peft",
-    "train_steering",
+    "DeLoRAConfig", "DimensionProjector", "DoRAConfig", "DoseResponse", "EVAConfig", "HRAConfig", "HRAGSConfig", "HiRAConfig",
+    "HistoryBake", "IA3Config", "IA3FFConfig", "Identity", "Initial", "LoRAConfig", "LoRAGAConfig", "LoRAXSConfig", "LowRank",
+    "MiSSConfig", "OFTConfig", "OLoRAConfig", "ParamSpec", "PiSSAConfig", "REGISTRY", "ROADConfig", "RankedConfig", "SSVDConfig",
+    "SharedConfig", "SharedSubspace", "Target", "TaskProjection", "TransferResult", "Variant", "VeRAConfig", "__version__",
+    "adapters", "attach", "block_shifts", "calibrate_c", "completion_nll", "disabled", "distill_transfer", "dose_response",
+    "evaluate_transfer", "find_targets", "from_peft", "load", "margin_nll", "null_control", "pcgrad", "read", "reference_kl",
+    "register", "stack", "steering_rounds", "to_peft", "train_steering", "transfer_adapter",
 ]  # fmt: skip

@@ -26,6 +26,7 @@ ROOMS = (
     "steering",
     "history",
     "keeping",
+    "transfer",
     "subspace",
     "peft_format",
     "lifecycle",

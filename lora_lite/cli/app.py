@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 import lora_lite as ll
-from lora_lite.cli import steering, subspace
+from lora_lite.cli import steering, subspace, transfer
 from lora_lite.cli.errors import asked_by_user
 from lora_lite.cli.options import (
     JSON,
@@ -138,7 +138,7 @@ def convert(
     typer.echo(json.dumps(found, ensure_ascii=False) if as_json else readable(found))
 
 
-for command in (steering.steer, steering.sweep, steering.generate, steering.rounds):
+for command in (steering.steer, steering.sweep, steering.generate, steering.rounds, transfer.transfer):
     app.command()(command)
 
 

@@ -64,7 +64,7 @@ def cs_of(text: str) -> list[float]:
 
 
 def config_of(variant: str, given: dict[str, Any], more: list[str], steps: int) -> ll.AdapterConfig:
-    """The variant's config, its schedule (where it has one) as long as the training. Raises UserError: an unknown variant or field, or a value that cannot be meant."""
+    """The variant's config, a schedule as long as the training. Raises UserError: an unknown variant, field, or a bad value."""
     if variant not in ll.REGISTRY:
         raise UserError(f"--variant {variant}: there is none of that name; there are {', '.join(sorted(ll.REGISTRY))}")
     if ll.REGISTRY[variant].needs_shared:

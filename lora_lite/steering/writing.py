@@ -17,6 +17,7 @@ from tqdm import tqdm
 from lora_lite.adapter import Adapter
 from lora_lite.calibration import undisturbed
 from lora_lite.dial import check_float
+from lora_lite.steering.rows import pad_id
 
 SAMPLING = ("do_sample", "top_k", "top_p", "num_return_sequences", "streamer", "logits_processor")
 
@@ -209,12 +210,6 @@ def padded(rows: Sequence[Sequence[int]], pad: int, left: bool = False) -> tuple
     ids = [[pad] * gap + [*row] if left else [*row] + [pad] * gap for row, gap in zip(rows, gaps, strict=True)]
     mask = [[0] * gap + [1] * len(row) if left else [1] * len(row) + [0] * gap for row, gap in zip(rows, gaps, strict=True)]
     return torch.tensor(ids), torch.tensor(mask)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """A token to pad with, whatever the tokenizer calls it; masked out, so that its meaning does not matter."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.bos_token_id, 0)
-    return next(int(t) for t in known if t is not None)
 
 
 def end_ids(model: Any, keywords: Mapping[str, Any]) -> set[int]:
