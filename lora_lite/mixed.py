@@ -53,8 +53,9 @@ class MixedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (h, B), (gy,) = ctx.saved_tensors, grads
-        gh = (gy @ B.to(ctx.dtype)) * ctx.scale if ctx.needs_input_grad[1] else None
-        gB = (gy.flatten(0, -2).t() @ (h.flatten(0, -2) * ctx.scale)).to(B.dtype) if ctx.needs_input_grad[2] else None
+        dtype = gy.dtype  # autocast may have made it another than h's
+        gh = ((gy @ B.to(dtype)) * ctx.scale).to(ctx.dtype) if ctx.needs_input_grad[1] else None
+        gB = (gy.flatten(0, -2).t() @ (h.flatten(0, -2).to(dtype) * ctx.scale)).to(B.dtype) if ctx.needs_input_grad[2] else None
         return gy if ctx.needs_input_grad[0] else None, gh, gB, None
 
 

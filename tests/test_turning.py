@@ -295,9 +295,9 @@ def test_a_small_step_survives_bfloat16() -> None:
     cfg = dataclasses.replace(ROWS["antipasto"].config.at("", 10, 14), r=6)
     p = {k: v.detach() for k, v in attached("antipasto", torch.float32)[2].items()}
     p |= {"lora_dS": torch.full((6,), 1e-3), "lora_theta": torch.full((2, 3), 1e-3), "lora_S": torch.ones(6)}
-    want = turning.change(antipasto.AntiPaSTO.prepare(cfg, p, Base(10, 14), 1.0), normal(64, 10), 1.0)
     ready = antipasto.AntiPaSTO.prepare(cfg, p, Base(10, 14), 1.0)
-    got = turning.change({k: v.bfloat16() for k, v in ready.items()}, normal(64, 10).bfloat16(), 1.0)
+    want = turning.cored(ready, normal(64, 10), 1.0)
+    got = turning.cored({k: v.bfloat16() for k, v in ready.items()}, normal(64, 10).bfloat16(), 1.0)
     assert float((got.float() - want).norm() / want.norm()) < 0.02
     assert not ((p["lora_S"] + p["lora_dS"]).bfloat16() - p["lora_S"].bfloat16()).any(), "cast first, nothing would be left"
 

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
-from lora_lite.lowrank import LowRank
+from lora_lite.lowrank import LowRank, add_narrow
 from lora_lite.variant import Base, Identity, Initial, Params, ParamSpec, Variant, register
 from lora_lite.variants import turning
 from lora_lite.variants.cayley import skew
@@ -124,9 +124,10 @@ class AntiPaSTO(Variant):
     def prepare(cfg: AntiPaSTOConfig, p: Params, base: Base, c: float | Tensor) -> Params:
         return turning.prepared(generator(cfg, p["lora_theta"]), p, c, cfg.rotate)
 
-    @staticmethod
-    def delta(cfg: AntiPaSTOConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
-        return turning.change(p, x, c, cfg.rotate)
+    @classmethod
+    def added(cls, cfg: AntiPaSTOConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+        assert y is not None  # form "output"
+        return add_narrow(y, turning.cored(p, x, c, cfg.rotate), p["U"], 1.0)
 
     @classmethod
     def low_rank_given_weight(cls, cfg: AntiPaSTOConfig, p: Params, base: Base, c: float = 1.0) -> LowRank:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Generator, Tensor
 
-from lora_lite.lowrank import LowRank
+from lora_lite.lowrank import LowRank, add_narrow
 from lora_lite.variant import Base, Initial, Params, ParamSpec, Variant, register
 from lora_lite.variants import turning
 from lora_lite.variants.cayley import skew
@@ -80,9 +80,10 @@ class SSVD(Variant):
     def prepare(cfg: SSVDConfig, p: Params, base: Base, c: float | Tensor) -> Params:
         return turning.prepared(skew(p["lora_K"][None], cfg.r), p, c, first_order=cfg.cayley == "first-order")
 
-    @staticmethod
-    def delta(cfg: SSVDConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
-        return turning.change(p, x, c)
+    @classmethod
+    def added(cls, cfg: SSVDConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+        assert y is not None  # form "output"
+        return add_narrow(y, turning.cored(p, x, c), p["U"], 1.0)
 
     @classmethod
     def low_rank_given_weight(cls, cfg: SSVDConfig, p: Params, base: Base, c: float = 1.0) -> LowRank:

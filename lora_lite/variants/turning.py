@@ -53,15 +53,15 @@ def prepared(Q: Float[Tensor, "n b b"], p: Params, c: float | Tensor, side: Side
     return {**ends, "S": p["lora_S"], "dS": p["lora_dS"], "Q": Q, **({} if first_order else eigenvectors(Q))}
 
 
-def change(p: Params, x: Float[Tensor, "*batch d_in"], c: float | Tensor, side: Side = "V") -> Float[Tensor, "*batch d_out"]:
-    """What is added to y, from what `prepared` made."""
+def cored(p: Params, x: Float[Tensor, "*batch d_in"], c: float | Tensor, side: Side = "V") -> Float[Tensor, "*batch r"]:
+    """What U takes to what is added to y, from what `prepared` made."""
     h = F.linear(x, p["Vh"])
     if "core" in p:
-        return F.linear(times(h.unflatten(-1, (-1, p["core"].shape[-1])), p["core"]).flatten(-2), p["U"])
+        return times(h.unflatten(-1, (-1, p["core"].shape[-1])), p["core"]).flatten(-2)
     assert isinstance(c, Tensor)
     rows = c.to(h.dtype)
     S, moved = p["S"] + rows * p["dS"], rows * p["dS"] * h
-    return F.linear((turn(h, p, rows) * S if side == "V" else turn(h * S, p, -rows)) + moved, p["U"])
+    return (turn(h, p, rows) * S if side == "V" else turn(h * S, p, -rows)) + moved
 
 
 def turn(h: Float[Tensor, "*batch r"], p: Params, c: Tensor) -> Float[Tensor, "*batch r"]:
