@@ -199,9 +199,7 @@ class DoseResponse:
         """
         labels = [(x.prompts, x.trait, x.measures, x.null is None) for x in (self, other)]
         if labels[0] != labels[1]:
-            raise ValueError(
-                "these tables are of different prompts, traits or measures, or one has a null control: measure both in one way"
-            )
+            raise ValueError("these tables differ in prompts, trait or measures, or only one has a null: measure both in one way")
         more = tuple(r for r in other.readings if r.c not in self.cs)
         null = self.null.joined(other.null) if self.null and other.null else None
         return dataclasses.replace(self, readings=tuple(sorted((*self.readings, *more), key=lambda r: r.c)), null=null)
