@@ -21,7 +21,7 @@ from torch import nn
 
 import lora_lite as ll
 from lora_lite.steering.coherence import distinct, perplexity
-from lora_lite.steering.response import effect_size
+from lora_lite.steering.response import Reading, effect_size
 from lora_lite.steering.writing import Prompt, Sample, Writing, on_model, write
 from tests.models import VARIANTS, Row, attach, each_variant, llama, opt, randomise, t5
 from tests.words import ids_of, word_tokenizer
@@ -328,6 +328,48 @@ def test_an_infinite_effect_is_json_still() -> None:
     assert found.effects()[1.0] == math.inf and found.trait == "trait"
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["doses"][1]["effect"] is None
     assert "+inf" in str(found)
+
+
+def table(traits: dict[float, float]) -> ll.DoseResponse:
+    readings = [Reading(c, i, 0, "", t, {"distinct-3": 1.0, "perplexity": 9.0}) for c, t in sorted(traits.items()) for i in range(2)]
+    return ll.DoseResponse(("", ""), "trait", ("distinct-3", "perplexity"), tuple(readings))
+
+
+@pytest.mark.parametrize(
+    ("curve", "region"),
+    [
+        ({-2: 0.0, -1: 0.0, -0.5: 0.05, 0: 0.5, 0.5: 0.95, 1: 1.0, 2: 1.0}, (-0.5, 0.5)),
+        ({-2: 1.0, -1: 1.0, 0: 0.5, 1: 0.0, 2: 0.0}, (-1, 1)),
+        ({-2: 0.5, 0: 0.5, 2: 0.6}, None),
+        ({-2: 0.0, 0: 0.0, 2: 1.0}, (0, 2)),
+        ({-2: 0.0, -1: 1.0, 0: 0.1, 2: 0.9}, (-2, -1)),
+    ],
+    ids=["rising", "falling", "flat", "late", "there and back"],
+)
+def test_the_gradual_stretch_is_where_the_trait_makes_its_way(curve: dict[float, float], region: tuple[float, float] | None) -> None:
+    assert table({float(c): t for c, t in curve.items()}).gradual(least=0.2) == region
+
+
+def test_two_sweeps_are_one_table() -> None:
+    one, two = table({-1.0: 0.0, 0.0: 0.5, 1.0: 1.0}), table({0.0: 0.7, 0.5: 0.9})
+    both = one.joined(two)
+    assert both.cs == [-1.0, 0.0, 0.5, 1.0] and both.at(0.5).trait == 0.9
+    assert both.at(0.0) == one.at(0.0), "a dose in both keeps its readings"
+    with_null = dataclasses.replace(one, null=one).joined(dataclasses.replace(two, null=two))
+    assert with_null.null is not None and with_null.null.cs == both.cs
+    with pytest.raises(ValueError, match="differ in prompts, trait or measures"):
+        one.joined(dataclasses.replace(two, trait="another"))
+    with pytest.raises(ValueError, match="only one has a null"):
+        one.joined(dataclasses.replace(two, null=two))
+
+
+def test_the_plot_shows_a_stretch_once_more(tmp_path: Path) -> None:
+    found = table({-1.0: 0.0, 0.0: 0.5, 1.0: 1.0})
+    found.plot(tmp_path / "plain.png")
+    found.plot(tmp_path / "zoomed.png", zoom=found.gradual(), title="a title")
+    table({0.0: 0.5}).plot(tmp_path / "one dose.png")
+    width = {p.name: int.from_bytes(p.read_bytes()[16:20]) for p in tmp_path.iterdir()}  # of a PNG's header
+    assert width["zoomed.png"] > 1.3 * width["plain.png"] == 1.3 * width["one dose.png"]
 
 
 def test_the_plot_is_a_file(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def demo(
     steps: Steps = 80,
     lr: Rate = 2e-3,
     cap: Cap = 3.0,
-    samples: Annotated[int | None, typer.Option(min=1, help="Samples per c.  [default: 64, with --model 8]", show_default=False)] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Samples per c.  \\[default: 64, with --model 8]", show_default=False)] = None,
     tokens: Tokens = 64,
     seed: Seed = 0,
     device: Device = None,
@@ -119,7 +119,7 @@ def convert(
     ],
     as_lora: Annotated[bool, typer.Option("--as-lora", help="One plain LoRA, c folded in: what servers load.")] = False,
     c: Annotated[
-        float | None, typer.Option("-c", help="The dose that the folder does at its full strength.  [default: 1]", show_default=False)
+        float | None, typer.Option("-c", help="The dose that the folder does at its full strength.  \\[default: 1]", show_default=False)
     ] = None,
     approximate: Annotated[bool, typer.Option("--approximate", help="With --as-lora: the nearest one, where none is exact.")] = False,
     r: Annotated[int | None, typer.Option(min=1, help="With --as-lora: its rank.", show_default=False)] = None,

@@ -62,7 +62,7 @@ def demo(job: Job) -> dict[str, Any]:
 
     with clock("attach"), asked_by_user("the adapter", ValueError, RuntimeError, TypeError):
         adapter = ll.attach(model, job.config, calibration_data=calibration(job.config, tokenizer, pairs, job.recipe), seed=job.seed)
-    with clock("train the adapter"), asked_by_user("training", ValueError):
+    with clock("train the adapter"), asked_by_user("training", ValueError, RuntimeError):
         trained = ll.train_steering(
             model, adapter, pairs, tokenizer, validation=held, checks=4, seed=job.seed, **dataclasses.asdict(job.recipe)
         )

@@ -33,6 +33,8 @@ def generate(job: Generation) -> dict[str, Any]:
     """What was written, by c. The stack acts in the order given. Raises UserError for what was typed wrong."""
     with asked_by_user("generate", ValueError):
         how = Writing(job.length, job.temperature, job.samples, job.seed)
+    if wrong := [c for c in job.cs if not is_dose(c)]:
+        raise UserError(f"-c {wrong[0]}: expected a number, auto or -auto")
     named = [parted(text) for text in job.adapters]
     model, tokenizer = language_model(job.model, job.device)
     adapters = [read(path, i) for i, (path, _) in enumerate(named)]
@@ -71,8 +73,6 @@ def read(path: Path, i: int) -> ll.Adapter:
 
 def dose(adapter: ll.Adapter, text: str) -> float:
     """A number, or what "auto" and "-auto" stand for in this adapter's file."""
-    if not is_dose(text):
-        raise UserError(f"-c {text}: expected a number, auto or -auto")
     if not text.endswith("auto"):
         return float(text)
     with asked_by_user(f"-c {text}", ValueError):

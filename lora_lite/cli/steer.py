@@ -49,7 +49,7 @@ def steer(job: Steering) -> dict[str, Any]:
     with clock("attach"), asked_by_user("the adapter", ValueError, RuntimeError, TypeError):
         data = calibration(job.config, tokenizer, pairs, job.recipe)
         adapter = ll.attach(model, job.config, calibration_data=data, seed=job.seed)
-    with clock("train"), asked_by_user("training", ValueError):
+    with clock("train"), asked_by_user("training", ValueError, RuntimeError):
         trained = ll.train_steering(model, adapter, pairs, tokenizer, **training)
     adapter.save(job.out / "adapter.safetensors")  # what took longest is safe before what may fail
     null = None

@@ -109,7 +109,7 @@ def generate(
     ],
     prompt: Annotated[list[str], typer.Option(help="A text to continue; again for more.", show_default=False)],
     c: Annotated[
-        list[str] | None, typer.Option("-c", help="A number, auto or -auto; again for more.  [default: 1]", show_default=False)
+        list[str] | None, typer.Option("-c", help="A number, auto or -auto; again for more.  \\[default: 1]", show_default=False)
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts per prompt; more than one needs --temperature.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 64,
@@ -136,7 +136,7 @@ def rounds(
     alpha: Alpha = None,
     set_: More = None,
     n: Annotated[int, typer.Option("--rounds", min=1, help="How many, those in the folder included.")] = 3,
-    margin: Annotated[float, typer.Option(help="How large an effect must be, and how far above the null's.")] = 0.5,
+    margin: Annotated[float, typer.Option(help="How far an effect must be above the size of its null control's.")] = 0.5,
     dose: Annotated[float, typer.Option(min=1e-6, help="At which a kept adapter acts on, at most.")] = 0.5,
     steps: Steps = 200,
     lr: Rate = 1e-3,

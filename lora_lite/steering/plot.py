@@ -27,9 +27,12 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
+    """log: for what is a factor; share: from 0 to 1, so that a hundredth looks like one."""
+
     label: str
     curves: Sequence[Curve]
     log: bool = False
+    share: bool = False
 
 
 def need_matplotlib() -> Any:
@@ -60,6 +63,7 @@ def against_c(
                 draw(axis, curve.within(low - beyond, high + beyond), color)
             furnish(axis, panel, zoom)
         grid[-1][k].set_xlim(low - beyond, high + beyond)
+        grid[-1][k].locator_params(axis="x", nbins=(9, 5)[k])
         grid[-1][k].set_xlabel(along)
     for axis, panel in zip(grid[:, 0], panels, strict=True):
         axis.set_ylabel(panel.label, fontsize=8)
@@ -78,6 +82,8 @@ def furnish(axis: Any, panel: Panel, zoom: tuple[float, float] | None) -> None:
     axis.grid(alpha=0.25)
     if zoom:
         axis.axvspan(*zoom, color=SHADE, zorder=-1, linewidth=0)
+    if panel.share:
+        axis.set_ylim(0, 1.05)
     if panel.log:
         axis.set_yscale("log")
         plain_ticks(axis)

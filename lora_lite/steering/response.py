@@ -199,9 +199,7 @@ class DoseResponse:
         """
         labels = [(x.prompts, x.trait, x.measures, x.null is None) for x in (self, other)]
         if labels[0] != labels[1]:
-            raise ValueError(
-                "these tables are of different prompts, traits or measures, or one has a null control: measure both in one way"
-            )
+            raise ValueError("these tables differ in prompts, trait or measures, or only one has a null: measure both in one way")
         more = tuple(r for r in other.readings if r.c not in self.cs)
         null = self.null.joined(other.null) if self.null and other.null else None
         return dataclasses.replace(self, readings=tuple(sorted((*self.readings, *more), key=lambda r: r.c)), null=null)
@@ -225,7 +223,7 @@ class DoseResponse:
         Trait: mean and standard error; coherence: quartiles. Raises ImportError where matplotlib is not installed.
         """
         panels = [plot.Panel(f"{self.trait}\n(mean ± standard error over {len(self.prompts)} prompts)", self._trait_curves())]
-        panels += [plot.Panel(name, self._coherence_curves(name), log=name == "perplexity") for name in self.measures]
+        panels += [coherence_panel(name, self._coherence_curves(name)) for name in self.measures]
         plot.against_c(path, panels, zoom, title)
 
     def _trait_curves(self) -> list[plot.Curve]:
@@ -257,6 +255,12 @@ class DoseResponse:
         n = len(self.prompts)
         said = f"effect: (mean at c - mean at 0) / pooled standard deviation over the prompts (Cohen's d); {n} prompts"
         return "\n".join([*aligned(rows), said])
+
+
+def coherence_panel(name: str, curves: list[plot.Curve]) -> plot.Panel:
+    if name == "perplexity":
+        return plot.Panel("perplexity under the base\n(geometric mean, quartiles)", curves, log=True)
+    return plot.Panel(f"{name}\n(mean, quartiles)", curves, share=name == "distinct-3")
 
 
 def finite(fields: dict[str, Any]) -> dict[str, Any]:

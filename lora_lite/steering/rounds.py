@@ -35,11 +35,11 @@ from lora_lite.variant import variant_of
 
 STATE, FORMAT = "state.json", 1
 RULE = (
-    "A round is kept when its effect is at least {margin:g}, and at least {margin:g} above its null control's, and some positive c is "
-    "coherent; it then acts on at the largest such c, at most {dose:g}. The shift is by how many nats the odds of held-out pairs move "
-    "towards the chosen text from the base to c = {up:g}, what earlier rounds kept included; the effect is what the round adds to the "
-    "shift there was before it, over the standard deviation between pairs (Cohen's d). The null control was trained in the same way, "
-    "beside the same history, on pairs of which exactly half are exchanged."
+    "A round is kept when its effect is at least {margin:g} above the size of its null control's (of either sign: that is what chance "
+    "does here), and some positive c is coherent; it then acts on at the largest such c, at most {dose:g}. The shift is by how many nats "
+    "the odds of held-out pairs move towards the chosen text from the base to c = {up:g}, what earlier rounds kept included; the effect is "
+    "what the round adds to the shift there was before it, over the standard deviation between pairs (Cohen's d). The null control was "
+    "trained in the same way, beside the same history, on pairs of which exactly half are exchanged."
 )
 
 
@@ -144,7 +144,7 @@ def steering_rounds(
         history = ll.HistoryBake(model, found.kept())
 
     folder       the state. Called again with the same folder and settings it goes on where it was; more `rounds` are more of them
-    margin       of the rule, which the result states: how large an effect must be, and how far above the null's
+    margin       of the rule, which the result states: how far an effect must be above the size of the null's
     dose         at which a kept adapter acts on, at most; less where no c as large is coherent
     validation   share of the pairs that judges, the same in all rounds, or pairs of their own
     training     keywords for `ll.train_steering`, but seed and validation; calibration: for `ll.calibrate_c`, but seed
@@ -302,8 +302,8 @@ def judged(job: Job, now: Round) -> Round:
     assert now.calibrated
     (effect, null), limit = now.effects, now.calibrated["positive"]
     compared = f"effect {effect:+.2f}, the null's {null:+.2f}"
-    if not effect >= max(null, 0.0) + job.margin:
-        return replace(now, why=f"dropped: {compared}, where {max(null, 0.0) + job.margin:.2f} was needed")
+    if not effect >= abs(null) + job.margin:
+        return replace(now, why=f"dropped: {compared}, so {abs(null) + job.margin:.2f} was needed")
     if limit is None:
         return replace(now, why=f"dropped: {compared}, but {now.calibrated['verdict']}")
     dose = min(job.dose, limit)
