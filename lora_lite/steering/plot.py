@@ -63,7 +63,7 @@ def against_c(
                 draw(axis, curve.within(low - beyond, high + beyond), color)
             furnish(axis, panel, zoom)
         grid[-1][k].set_xlim(low - beyond, high + beyond)
-        grid[-1][k].locator_params(axis="x", nbins=(9, 5)[k])
+        grid[-1][k].locator_params(axis="x", nbins=(9, 5)[k], integer=all(float(c).is_integer() for c in every))
         grid[-1][k].set_xlabel(along)
     for axis, panel in zip(grid[:, 0], panels, strict=True):
         axis.set_ylabel(panel.label, fontsize=8)
