@@ -162,3 +162,18 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         sections = "".join(f"\n{title}\n{content}" for title, content in report.sections)
         with open(path, "a") as file:
             file.write(json.dumps([report.nodeid, report.outcome, text + (sections if report.failed else "")]) + "\n")
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """shell("info", "a.safetensors") is the command `lora-lite info a.safetensors` -> (exit status, stdout, stderr)."""
+    from lora_lite.cli import main
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lora-lite", *words])
+        with pytest.raises(SystemExit) as left:
+            main()
+        out, err = capsys.readouterr()
+        return int(left.value.code or 0), out, err
+
+    return call

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import lora_lite as ll
-from lora_lite.cli import app, demo, main
+from lora_lite.cli import app, demo
 from lora_lite.cli.errors import UserError
 from lora_lite.cli.pairs import read_pairs
 
@@ -20,18 +20,11 @@ GOOD = '{"prompt": "a", "chosen": " b", "rejected": " c"}'
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+def run(shell: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """run("demo", "--r", "4") -> (exit status, stdout, stderr), in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lora-lite", *words])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
+    return shell
 
 
 @pytest.fixture

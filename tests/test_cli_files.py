@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite.cli import main
 from tests.models import VARIANTS, Row, attach, each_variant, llama, mlp, normal, randomise, token_ids
 from tests.references import assert_close, assert_differs, same_bits
 
@@ -25,18 +23,11 @@ IDS = token_ids(2, 6)
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Any:
+def run(shell: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """run("info", "a.safetensors") -> (exit status, stdout, stderr), in the test's folder."""
     monkeypatch.chdir(tmp_path)
 
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lora-lite", *words])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
+    return shell
 
 
 def logits(model: nn.Module) -> Tensor:

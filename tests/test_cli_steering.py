@@ -34,18 +34,11 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(room: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+def run(shell: Any, room: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """run("steer", "--r", "4") -> (exit status, stdout, stderr), in the room."""
     monkeypatch.chdir(room)
 
-    def call(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lora-lite", *words])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
-
-    return call
+    return shell
 
 
 @pytest.fixture(scope="module")

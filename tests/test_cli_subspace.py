@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 import lora_lite as ll
-from lora_lite.cli import main
 from tests.models import llama, mlp, randomise
 from tests.subspaces import collection_error, family, of, relative_error, updates
 
@@ -20,16 +18,13 @@ Run = Callable[..., tuple[int, Any, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(shell: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """run("info", "x") -> (exit status, what --json said or the text, stderr), in an empty folder."""
     monkeypatch.chdir(tmp_path)
 
     def call(*words: str, plain: bool = False) -> tuple[int, Any, str]:
-        monkeypatch.setattr(sys, "argv", ["lora-lite", "subspace", *words, *([] if plain else ["--json"])])
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), (out if plain or not out else json.loads(out)), err
+        status, out, err = shell("subspace", *words, *([] if plain else ["--json"]))
+        return status, (out if plain or not out else json.loads(out)), err
 
     return call
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from twins import recovered, rotated, trained
 
 import lora_lite as ll
-from lora_lite.cli import main, tiny_lm, transfer
+from lora_lite.cli import tiny_lm, transfer
 from lora_lite.cli.corpus import Corpus
 
 WAYS = [(a, b, c) for a in ("quick", "slow", "old") for b in ("jumps", "falls") for c in ("lazy", "tired")]
@@ -46,21 +45,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], place: Path) -> Any:
+def run(shell: Any, monkeypatch: pytest.MonkeyPatch, place: Path) -> Any:
     monkeypatch.chdir(place)
     monkeypatch.setattr(transfer, "speak", lambda: None)
 
     def call(**options: str | None) -> tuple[int, str, str]:
         given = {"adapter": "adapter.safetensors", "source": "source", "target": "target", "text": "text.txt", "out": "out.safetensors"}
         given |= {"device": "cpu"} | options  # type: ignore[arg-type]
-        words = ["lora-lite", "transfer", given.pop("adapter")]
+        words = ["transfer", given.pop("adapter")]
         for name, value in given.items():
             words += [] if value is None else ["--" + name.replace("_", "-"), *([value] if value else [])]
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as left:
-            main()
-        out, err = capsys.readouterr()
-        return int(left.value.code or 0), out, err
+        return shell(*words)
 
     return call
 
