@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.attachment import unwrapped
-from lora_lite.calibration import moved, undisturbed
+from lora_lite.calibration import called, moved, undisturbed
 from lora_lite.transfer.batches import Batches, paired
-from lora_lite.transfer.listening import call
 
 Loss = Callable[[Tensor, Any], Tensor | float]
 
@@ -124,7 +123,7 @@ def logits(model: nn.Module, batch: Any, on: Adapter | None = None, off: Sequenc
             state.enter_context(silent(adapter))
         if on is not None:
             state.enter_context(on(model))
-        out = call(model, moved(batch, device))
+        out = called(model, moved(batch, device))
     found = out if isinstance(out, Tensor) else out["logits"] if isinstance(out, Mapping) else out[0]
     return found
 

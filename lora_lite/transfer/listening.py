@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lora_lite.calibration import Padding, moved
+from lora_lite.calibration import Padding, called, moved
 from lora_lite.target import Target
 from lora_lite.transfer.parts import Anatomy, block_of
 
@@ -58,7 +58,7 @@ class Listener:
             for t in self.linears:
                 hooks.callback(t.module.register_forward_hook(heard.called(t), with_kwargs=True).remove)
             with self.padding.of(given):
-                call(self.model, given)
+                called(self.model, given)
         silent = [module for (module, _), sites in self.wanted.items() if sites[0][0] not in heard.found]
         if silent:
             raise RuntimeError(f"{self.what}: {silent[0]} was never called on these batches ({len(silent)} such); leave it out")
@@ -106,14 +106,3 @@ class Heard:
             what = f"{self.listener.what}, {site.module}: its {site.where} {tuple(x.shape)}"
             raise ValueError(f"{what} holds NaN or infinite values on the calibration tokens")
         return x
-
-
-def call(model: nn.Module, batch: Any) -> Any:
-    """The model on a batch: keyword arguments, positional ones, or one tensor. Raises ValueError for anything else."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, list | tuple):
-        return model(*batch)
-    if isinstance(batch, Tensor):
-        return model(batch)
-    raise ValueError(f"found {type(batch).__name__}, expected a tensor, a dict or a tuple of the model's arguments")
