@@ -210,15 +210,19 @@ def test_road_1_without_stretch_is_a_rotation_and_minus_c_undoes_it() -> None:
     assert_close((there + back) / 2, (base.unflatten(1, (2, 2, 2)) * normal(4, dtype=F64).cos().view(2, 1, 2)).flatten(1))
 
 
-def test_a_small_turn_survives_bfloat16() -> None:
-    """a cos t - 1 is computed before the cast: a cos t itself would round to 1 and the update vanish."""
-    cfg, road = ll.ROADConfig(group_size=4), ll.REGISTRY["road"]
-    y = normal(64, 8)
-    p = road.prepare(cfg, {"lora_theta": torch.full((4,), 1e-4), "lora_alpha": torch.full((4,), 1e-3)}, Base(6, 8), 1.0)
-    want = road.delta(cfg, p, y, y, Base(6, 8), 1.0)
-    got = road.delta(cfg, {k: v.bfloat16() for k, v in p.items()}, y.bfloat16(), y.bfloat16(), Base(6, 8), 1.0)
-    assert float((got.float() - want).norm() / want.norm()) < 0.01
-    assert not ((1 + p["own"]).bfloat16() - 1).any(), "cast first, nothing would be left"
+@pytest.mark.parametrize("name", ["road", "ia3", "ia3_ff"])
+def test_a_small_stretch_survives_bfloat16(name: str) -> None:
+    """1 + 0.003 is 1 in bfloat16, but 1.003 times most numbers is the next one."""
+    small, variant, y, base = 3e-3, ll.REGISTRY[name], normal(512, 8).bfloat16(), Base(8, 8)
+    tensors = (
+        {"lora_theta": torch.zeros(4), "lora_alpha": torch.full((4,), small)} if name == "road" else {"lora_l": torch.full((8,), small)}
+    )
+    cfg = ll.ROADConfig(group_size=4) if name == "road" else variant.Config()
+    p = {k: v.bfloat16() for k, v in variant.prepare(cfg, tensors, base, 1.0).items()}
+    got = variant.added(cfg, p, y, None if name == "ia3_ff" else y, base, 1.0)
+    want = ((1 + small) * y.double()).bfloat16()
+    assert float((got == want).double().mean()) > 0.98 and float((want != y).double().mean()) > 0.5
+    assert torch.equal(torch.tensor(1 + small).bfloat16() * y, y), "cast first, nothing would be left"
 
 
 # --- DeLoRA ------------------------------------------------------------------------------------------------------------

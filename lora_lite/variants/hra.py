@@ -73,11 +73,9 @@ class HRA(Variant):
     @staticmethod
     def prepare(cfg: Any, p: Params, base: Base, c: float | Tensor) -> Params:
         u = precise(p["lora_u"])
-        products = u.T @ u  # their diagonal is |u_k|^2: a norm down the columns takes as long as both ends of the update
-        scale = products.diagonal().rsqrt()
-        U, eye = u * scale, torch.eye(len(scale), dtype=u.dtype, device=u.device)
-        cosines = scale[:, None] * products * scale
-        T = torch.linalg.solve_triangular(torch.triu(cosines, 1) + eye / 2, -eye, upper=True)
+        U = u * u.square().sum(0).rsqrt()  # vector_norm down the columns takes as long as both ends of the update
+        eye = torch.eye(U.shape[1], dtype=U.dtype, device=U.device)
+        T = torch.linalg.solve_triangular(torch.triu(U.T @ U, 1) + eye / 2, -eye, upper=True)
         return {"A": U.T, "B": U @ T}  # H - I = B A
 
     @classmethod

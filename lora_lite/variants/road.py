@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lite.config import AdapterConfig
@@ -79,14 +78,17 @@ class ROAD(Variant):
         own = torch.addcmul(alpha, stretch, (theta / 2).sin().square(), value=-2)
         return per_output(cfg, own, stretch * theta.sin())
 
-    @staticmethod
-    def delta(cfg: ROADConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
+    @classmethod
+    def added(cls, cfg: ROADConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
         assert y is not None  # form "output"
         n = paired(base.d_out)
-        y = y if n == base.d_out else y[..., :n]
-        partner = y.unflatten(-1, (-1, cfg.group_size)).roll(cfg.group_size // 2, dims=-1).flatten(-2)
-        change = p["own"] * y + p["other"] * partner
-        return change if n == base.d_out else F.pad(change, (0, 1))
+        even, last = (y, None) if n == base.d_out else (y[..., :n], y[..., n:])
+        partners = p["other"] * even.unflatten(-1, (-1, cfg.group_size)).roll(cfg.group_size // 2, dims=-1).flatten(-2)
+        if y.dtype.itemsize >= 4:
+            new = (1 + p["own"]) * even + partners
+        else:  # in half precision 1 + own would lose what was learned
+            new = even + (p["own"] * even + partners)
+        return new if last is None else torch.cat([new, last], dim=-1)
 
 
 def per_output(cfg: ROADConfig, own: Tensor, other: Tensor) -> Params:
