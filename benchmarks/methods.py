@@ -16,7 +16,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ class Result:
 
 def names() -> dict[str, dict[str, Any]]:
     """Every method under comparison: the fields of its config that are not defaults."""
-    return {name: {"variant": name} for name in sorted(ll.REGISTRY)} | EXTRAS
+    alone = [name for name, variant in sorted(ll.REGISTRY.items()) if not variant.needs_shared]
+    return {name: {"variant": name} for name in alone} | EXTRAS
 
 
 def parameters(config: ll.AdapterConfig, layers: Sequence[ll.Target]) -> int:
@@ -113,8 +114,17 @@ def sized(fields: Mapping[str, Any], budget: int, layers: Sequence[ll.Target], s
         halved = {"target_r": size["r"] // 2} if "target_r" in known else {}
         return kind(**{**scale, **schedule, **halved, **own, **size})
 
-    choices = [made({name: value}) for name, values in SIZES.items() if name in known for value in values] or [made({})]
+    choices = [made({name: value}) for name, values in SIZES.items() if name in known for value in values if allowed(made, {name: value})]
+    choices = choices or [made({})]
     return min(choices, key=lambda config: abs(math.log(parameters(config, layers) / budget)))
+
+
+def allowed(made: Callable[[Mapping[str, Any]], ll.AdapterConfig], size: Mapping[str, Any]) -> bool:
+    try:
+        made(size).at("layer", 512, 512)
+    except ValueError:  # AntiPaSTO's r holds whole blocks
+        return False
+    return True
 
 
 def run(model: Any, config: ll.AdapterConfig, task: Task, rate: float, seed: int) -> tuple[float, int, float]:

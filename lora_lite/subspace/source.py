@@ -142,17 +142,17 @@ class FileSource:
         self.tensors = TensorsOf(self.path, list(head))
         with self.tensors:
             check_digest(str(path), metadata, self.tensors)
-        self.fields: dict[str, list[str]] = {}
-        for name in head:
+        self.fields: dict[str, dict[str, str]] = {}  # module -> field -> its key, or that of the tensor which layers share
+        for name, stored in ({name: name for name in head} | known["shared"]).items():
             if name not in known["also"]:
                 module, _, field = name.rpartition(".")
-                self.fields.setdefault(module, []).append(field)
+                self.fields.setdefault(module, {})[field] = stored
         self.modules = list(self.fields)
         left_behind(str(path), known["also"])
 
     def read(self, module: str) -> Update:
         with self.tensors:
-            p = {field: self.tensors[f"{module}.{field}" if module else field] for field in self.fields[module]}
+            p = {field: self.tensors[key] for field, key in self.fields[module].items()}
         return update_of(self.task, module, self.base_config, p, self.sizes(module, p), str(self.path))
 
     def sizes(self, module: str, p: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_lite.base import dense_weight, quantised
 from lora_lite.lowrank import LowRank
-from lora_lite.subspace.source import AdapterSource
+from lora_lite.subspace.source import AdapterSource, check_finite
 from lora_lite.transfer.listening import Site
 from lora_lite.transfer.parts import Anatomy, Part, by_depth, partner_stack
 from lora_lite.transfer.result import Moved
@@ -54,7 +54,8 @@ def planned(
         if reason := unmovable(module, source):
             rows.append(skipped(module, reason))
             continue
-        A, B, scale = updates.read(module)
+        check_finite(updates.task, module, update := updates.read(module))
+        A, B, scale = update
         for part in source.parts[module]:
             goal = goal_of(part, source, target, layer_map)
             if isinstance(goal, str):
