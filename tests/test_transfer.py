@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import generator, llama, opt, refill
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, Phi3Config, Phi3ForCausalLM
-from twins import batches, effect, permuted, recovered, rotated, trained, widened
 
 import lora_lite as ll
 from lora_lite.transfer.alignment import Pairs
 from lora_lite.transfer.parts import Anatomy, by_depth, by_likeness
+from tests.models import generator, llama, opt, refill
+from tests.twins import batches, effect, permuted, recovered, rotated, trained, widened
 
 ALL = ("reader", "writer")
 WRITERS = ("writer",)

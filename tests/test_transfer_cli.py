@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import refill
 from transformers import LlamaConfig, LlamaForCausalLM
-from twins import recovered, rotated, trained
 
 import lora_lite as ll
 from lora_lite.cli import tiny_lm, transfer
 from lora_lite.cli.corpus import Corpus
+from tests.models import refill
+from tests.twins import recovered, rotated, trained
 
 WAYS = [(a, b, c) for a in ("quick", "slow", "old") for b in ("jumps", "falls") for c in ("lazy", "tired")]
 PROSE = tuple(f"The {a} fox {b} over the {c} dog, and nobody minded it much at all." for a, b, c in WAYS)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import generator, normal
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite as ll
+from tests.models import generator, normal
 
 pytestmark = pytest.mark.fast
 METHODS = ("svd", "truncate", "interpolate")

@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 import torch
-from models import VOCABULARY, generator
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lora_lite as ll
+from tests.models import VOCABULARY, generator
 
 READERS, WRITERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), ("o_proj", "down_proj")
 
