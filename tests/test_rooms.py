@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -213,3 +214,11 @@ def test_an_undocumented_name_would_be_seen():
         pass
 
     assert lora_lite.Variant.__doc__ and not documented(Generated) and not documented(Inherits)
+
+
+def test_rooms_that_are_entered_late_are_found_like_the_others() -> None:
+    program = "import sys, lora_lite as ll; early = set(sys.modules); print('lora_lite.transfer' in early, 'lora_lite.steering' in early); "
+    program += "print(sorted(set(ll.__all__) - set(dir(ll))), all(getattr(ll, n) is getattr(ll, n) for n in ll.__all__)); "
+    program += "print(ll.transfer_adapter.__module__, hasattr(ll, 'nothing'))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["False False", "[] True", "lora_lite.transfer.carry False"]
