@@ -309,3 +309,12 @@ def test_the_generator_has_the_gradient_of_the_scatter_it_stands_for() -> None:
     with torch.no_grad():
         assert_close(cayley.skew(upper, 5), cayley.scattered(upper, 5))
         assert_close(cayley.skew(upper, 5)[1], references.skew_of(upper[1], 5))
+
+
+@pytest.mark.parametrize(("init", "kind"), [("zeros", "bitwise"), ("paper", "none")])
+def test_a_fresh_one_is_as_near_to_the_base_as_its_config_declares(init: Any, kind: str) -> None:
+    config, model, x = ll.AntiPaSTOConfig(r=4, block_size=2, init=init), single(), normal(5, 10)
+    base = model(x)
+    ll.attach(model, config, seed=0)
+    assert ll.REGISTRY["antipasto"].identity_of(config).kind == kind
+    assert torch.equal(model(x), base) == (kind == "bitwise")

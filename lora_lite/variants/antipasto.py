@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from lora_lite.lowrank import LowRank, add_narrow
-from lora_lite.variant import Base, Identity, Initial, Params, ParamSpec, Variant, register
+from lora_lite.variant import BITWISE, Base, Identity, Initial, Params, ParamSpec, Variant, register
 from lora_lite.variants import turning
 from lora_lite.variants.cayley import skew
 from lora_lite.variants.rank import RankConfig
@@ -88,6 +88,10 @@ class AntiPaSTO(Variant):
     chooses_directions = True
     exact_low_rank: ClassVar[str] = "given weight"
     identity = Identity("bitwise", 'but for init="paper", which starts beside the base on purpose')
+
+    @classmethod
+    def identity_of(cls, cfg: AntiPaSTOConfig) -> Identity:
+        return BITWISE if cfg.init == "zeros" else Identity("none", 'init="paper" starts beside the base on purpose')
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: AntiPaSTOConfig) -> dict[str, ParamSpec]:
