@@ -17,9 +17,11 @@ from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from lora_lite import compiled
-from lora_lite.dial import DIALS, Dial, Setting, current_task
+from lora_lite.dial import DIALS, Dial, Setting, current_task, transforming
 from lora_lite.lowrank import LowRank, add_narrow
 from lora_lite.mixed import Mixed, linear, trains_across_dtypes
+
+LARGE = 2**15  # numbers in y from which writing into it pays for making sure that one may
 
 
 class Hook:
@@ -188,10 +190,33 @@ class LowRankHook(Hook):
         if self.variant.narrows:
             h, B, gate = self.variant.narrowed(self.cfg, p, x)
             return add_narrow(y, h.to(y.dtype), B, c, gate)  # type: ignore[union-attr, arg-type]  # under autocast x may be wider than y
-        return add_low_rank(y, x, self.variant.factors(self.cfg, p, self.base.sizes), c)  # type: ignore[arg-type]
+        inplace = type(c) is float and y.numel() > LARGE and self.holds_alone(layer, y)  # type: ignore[union-attr, arg-type]
+        return add_low_rank(y, x, self.variant.factors(self.cfg, p, self.base.sizes), c, inplace)  # type: ignore[arg-type]
+
+    def holds_alone(self, layer: nn.Module, y: Tensor) -> bool:
+        """Whether y is fresh from nn.Linear's own product and nobody has been shown it: then adding may happen in it.
+
+        Whoever could have kept y comes before us or looks from beneath: autograd, another hook, a forward put in the place
+        of the layer's own, a mode of torch's dispatcher, a transform, a subclass of Tensor.
+        """
+        return (
+            not torch.is_grad_enabled()
+            and type(layer) is nn.Linear
+            and "forward" not in layer.__dict__
+            and next(iter(layer._forward_hooks.values())) is self
+            and not nn.modules.module._global_forward_hooks
+            and type(y) is Tensor
+            and y.is_contiguous()
+            and not watched()
+        )
 
 
-def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor) -> Tensor:
+def watched() -> bool:
+    """Whether a mode or a transform of torch sees every operation here, and may keep what it saw."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()) or transforming()  # type: ignore[reportAttributeAccessIssue]
+
+
+def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor, inplace: bool = False) -> Tensor:
     """y + c B diag(g) A x for x (*batch, d_in), y (*batch, d_out), c a float or broadcastable against x.
 
     The small factors are cast down to x's dtype, never x up: with a bf16 base and float32 factors the backward then keeps
@@ -199,13 +224,15 @@ def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor) -> Te
     """
     A, B, g = update
     scale = c * g if type(c) is float and type(g) is float else None  # 20 ns; isinstance(c, Tensor) takes 64, in every layer
-    if A.dtype is x.dtype:
+    if A.dtype is (dtype := x.dtype):
+        if scale is not None and x.numel() == A.shape[1] and B.dtype is dtype is y.dtype:  # one row: 5.8 us for 8.0
+            return torch.add(y, torch.mv(B, torch.mv(A, x.reshape(-1))), alpha=scale)
         h = F.linear(x, A)
     elif scale is not None and A.requires_grad and x.dtype is y.dtype and trains_across_dtypes(x, A):
         return Mixed.apply(y, x, A, B, scale)  # type: ignore[return-value]
     else:
         h = linear(x, A)
-    return add_narrow(y, h, B, c * g if scale is None else scale)
+    return add_narrow(y, h, B, c * g if scale is None else scale, inplace=inplace)
 
 
 HOOKS: dict[str, Callable[..., Hook]] = {"low-rank": LowRankHook, "output": OutputHook, "input": InputHook}

@@ -20,21 +20,22 @@ class Mixed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(x, A, B)
-        ctx.scale = scale
         h = F.linear(x, A.to(x.dtype)).flatten(0, -2)
+        ctx.save_for_backward(x, A, B, h)
+        ctx.scale = scale
         return torch.addmm(y.flatten(0, -2), h, B.to(x.dtype).t(), alpha=scale).view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Only inputs were saved, and A x is computed anew: it is cheap, and second derivatives stay right.
-        (x, A, B), (gy,) = ctx.saved_tensors, grads
+        (x, A, B, h), (gy,) = ctx.saved_tensors, grads
         a, b = A.to(x.dtype), B.to(x.dtype)
         g, rows = gy.flatten(0, -2), x.flatten(0, -2)
         gh = (g @ b) * ctx.scale
         gx = (gh @ a).view(x.shape) if ctx.needs_input_grad[1] else None
         gA = (gh.t() @ rows).to(A.dtype) if ctx.needs_input_grad[2] else None
-        gB = (g.t() @ ((rows @ a.t()) * ctx.scale)).to(B.dtype) if ctx.needs_input_grad[3] else None
+        if torch.is_grad_enabled():  # for second derivatives, which a saved h would stand in the way of
+            h = rows @ a.t()
+        gB = (g.t() @ (h * ctx.scale)).to(B.dtype) if ctx.needs_input_grad[3] else None
         return gy, gx, gA, gB, None
 
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, Self, get_args
 
@@ -53,6 +54,7 @@ def mentions_self(hint: object) -> bool:
 if not UNTYPED:
     install_import_hook("lora_lite", f"{__name__}.checked")
 
+import_module("lora_lite.hooks").LARGE = 0  # tests' models are small: what is done with large activations is done with all of theirs
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # No deadline, because a slow machine is not a failure; derandomised, so that every run tries the same examples.
 settings.register_profile("lora_lite", deadline=None, derandomize=True)

@@ -1,0 +1,167 @@
+"""When may a hook write into the output it was given? Only where nobody else can have kept that output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lora_lite as ll
+from lora_lite import hooks
+from tests.models import VARIANTS, attach, mlp, normal, randomise
+
+ROWS = 32  # more than the few for which nothing is written into anyway
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For each product that a hook added, whether it wrote into y."""
+    monkeypatch.setattr(hooks, "LARGE", 0)
+    found: list[bool] = []
+    add = hooks.add_low_rank
+
+    def noted(y: Tensor, x: Tensor, update: ll.LowRank, c: Any, inplace: bool = False) -> Tensor:
+        out = add(y, x, update, c, inplace)
+        found.append(out.data_ptr() == y.data_ptr())
+        assert found[-1] == inplace
+        return out
+
+    monkeypatch.setattr(hooks, "add_low_rank", noted)
+    return found
+
+
+def adapted() -> tuple[nn.Module, nn.Linear, ll.Adapter]:
+    model = mlp()
+    adapter = randomise(attach(model, VARIANTS["lora"], targets="up"))
+    return model, next(m for name, m in model.named_modules() if name.endswith("up")), adapter  # type: ignore[return-value]
+
+
+def test_it_happens_and_no_bit_differs(written: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, layer, _ = adapted()
+    x = normal(ROWS, layer.in_features)
+    with torch.no_grad():
+        inside = layer(x)
+        monkeypatch.setattr(hooks, "LARGE", 10**9)
+        outside = layer(x)
+    assert written == [True, False]
+    assert torch.equal(inside, outside)
+    assert torch.equal(outside, layer(x))  # with gradients
+
+
+def test_not_with_gradients_nor_where_rows_keep_the_bases_bits(written: list[bool]) -> None:
+    model, layer, adapter = adapted()
+    x, c = normal(ROWS, layer.in_features), torch.ones(ROWS)
+    c[::2] = 0.0
+    plain = nn.functional.linear(x, layer.weight, layer.bias)
+    layer(x)
+    with torch.no_grad(), adapter(model, c=c):
+        y = layer(x)
+    assert torch.equal(y[::2], plain[::2])
+    assert not torch.equal(y[1::2], plain[1::2])
+    assert written == [False, False]
+
+
+@contextmanager
+def earlier_hook(layer: nn.Linear, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    handle = layer.register_forward_hook(lambda module, args, y: keep(y), prepend=True)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def global_hook(layer: nn.Linear, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: keep(y) if module is layer else None)
+    yield
+    handle.remove()
+
+
+@contextmanager
+def replaced_forward(layer: nn.Linear, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    original = layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        keep(y := original(x))
+        return y
+
+    layer.forward = forward
+    yield
+    del layer.forward
+
+
+@contextmanager
+def subclass(layer: nn.Linear, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    class Remembering(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            keep(y := super().forward(x))
+            return y
+
+    layer.__class__ = Remembering
+    yield
+    layer.__class__ = nn.Linear
+
+
+@contextmanager
+def dispatch_mode(layer: nn.Linear, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.shape == (ROWS, layer.out_features):
+                keep(out)
+            return out
+
+    with Recorder():
+        yield
+
+
+@contextmanager
+def function_mode(layer: nn.Linear, keep: Callable[[Tensor], None]) -> Iterator[None]:
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is nn.functional.linear and out.shape[-1] == layer.out_features:
+                keep(out)
+            return out
+
+    with Recorder():
+        yield
+
+
+@pytest.mark.parametrize("observer", [earlier_hook, global_hook, replaced_forward, subclass, dispatch_mode, function_mode])
+def test_what_somebody_kept_is_left_alone(observer: Callable[..., Any], written: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, layer, _ = adapted()
+    x, kept = normal(ROWS, layer.in_features), []
+    plain = nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        wanted = layer(x)
+        with observer(layer, kept.append):
+            found = layer(x)
+        assert torch.equal(kept[0], plain)
+        assert torch.equal(found, wanted)
+        assert written == [True, False]
+        monkeypatch.setattr(hooks.LowRankHook, "holds_alone", lambda self, layer, y: True)
+        kept.clear()
+        with observer(layer, kept.append):
+            layer(x)
+        assert not torch.equal(kept[0], plain)  # so that asking is what keeps it
+
+
+def test_transforms_of_torch_go_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vmap over adapters cannot write a batch of results into one y; a forward gradient rides on y through no_grad."""
+    monkeypatch.setattr(hooks, "LARGE", 0)
+    _, layer, _ = adapted()
+    x, tangent = normal(ROWS, layer.in_features), normal(ROWS, layer.in_features)
+    several = {name: torch.stack([p.detach(), 2 * p.detach()]) for name, p in layer.named_parameters() if name.startswith("lora_")}
+    with torch.no_grad():
+        both = vmap(lambda tensors: functional_call(layer, tensors, (x,)))(several)
+        assert torch.allclose(both[0], layer(x), atol=1e-6)
+        with forward_ad.dual_level():
+            pushed = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
+    assert torch.allclose(pushed, torch.func.jvp(layer, (x,), (tangent,))[1], atol=1e-6)
