@@ -78,7 +78,7 @@ class OFT(Variant):
             if isinstance(c, Tensor) and c.dim():
                 return {"Q": Q, **eigenvectors(Q)} if cfg.cayley == "exact" else {"Q": Q}
             Q = c * Q
-            return {"turn": exact(Q) if cfg.cayley == "exact" else neumann(Q, lambda z: z @ Q, cfg.terms)}
+            return {"turn": exact(Q) if cfg.cayley == "exact" else neumann(Q, cfg.terms)}
 
     @classmethod
     def added(cls, cfg: OFTConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class OFT(Variant):
         assert isinstance(c, Tensor)
         c = c[..., None].to(x.dtype)
         if cfg.cayley == "neumann":
-            return x + neumann(c * times(blocks, p["Q"]), lambda z: c * times(z, p["Q"]), cfg.terms).flatten(-2)
+            return x + neumann_of(blocks, lambda z: c * times(z, p["Q"]), cfg.terms).flatten(-2)
         return x + turned(blocks, p, c).flatten(-2)
 
 
@@ -98,9 +98,19 @@ def plus_times(x: Float[Tensor, "*batch n b"], M: Float[Tensor, "n b b"]) -> Flo
     return torch.baddbmm(rows, rows, M).transpose(0, 1).reshape(x.shape)
 
 
-def neumann(first: Tensor, times_P: Callable[[Tensor], Tensor], terms: int) -> Tensor:
-    """x (I + P)(I + P + ... + P^(terms - 2)) - x from first = x P, by Horner."""
-    z = first
+def neumann(Q: Float[Tensor, "n b b"], terms: int) -> Float[Tensor, "n b b"]:
+    """(I + Q)(I + Q + ... + Q^(terms - 2)) - I = 2 Q + 2 Q^2 + ... + Q^(terms - 1), by Horner in Q^2: half as many products."""
+    square = Q @ Q
+    quadratic = torch.add(square, Q, alpha=2)
+    z = quadratic if terms % 2 else Q
+    for _ in range(terms // 2 - 1):
+        z = torch.baddbmm(quadratic + square, square, z)
+    return z
+
+
+def neumann_of(x: Tensor, times_Q: Callable[[Tensor], Tensor], terms: int) -> Tensor:
+    """x times the same, where times_Q is x -> x Q."""
+    z = first = times_Q(x)
     for _ in range(terms - 3):
-        z = first + times_P(z)
-    return first + z + times_P(z)
+        z = first + times_Q(z)
+    return first + z + times_Q(z)

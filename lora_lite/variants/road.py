@@ -83,11 +83,11 @@ class ROAD(Variant):
         assert y is not None  # form "output"
         n = paired(base.d_out)
         even, last = (y, None) if n == base.d_out else (y[..., :n], y[..., n:])
-        partners = p["other"] * even.unflatten(-1, (-1, cfg.group_size)).roll(cfg.group_size // 2, dims=-1).flatten(-2)
+        partners = even.unflatten(-1, (-1, cfg.group_size)).roll(cfg.group_size // 2, dims=-1).flatten(-2)
         if y.dtype.itemsize >= 4:
-            new = (1 + p["own"]) * even + partners
+            new = torch.addcmul((1 + p["own"]) * even, p["other"], partners)
         else:  # in half precision 1 + own would lose what was learned
-            new = even + (p["own"] * even + partners)
+            new = even + torch.addcmul(p["own"] * even, p["other"], partners)
         return new if last is None else torch.cat([new, last], dim=-1)
 
 
