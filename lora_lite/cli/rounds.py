@@ -9,10 +9,11 @@ from typing import Any
 
 import lora_lite as ll
 from lora_lite.cli.errors import asked_by_user
-from lora_lite.cli.language import Recipe, Sampling, language_model, need_matplotlib
+from lora_lite.cli.language import Recipe, Sampling, need_matplotlib, writing_model
 from lora_lite.cli.pairs import read_pairs
 from lora_lite.cli.report import table
 from lora_lite.steering import Round, Rounds, plot
+from lora_lite.steering.verdict import spread
 
 PROMPTS = 8
 
@@ -38,7 +39,7 @@ def rounds(job: Asked) -> dict[str, Any]:
     """Goes on where the folder is, and returns what all its rounds came to. Raises UserError for what was typed wrong."""
     need_matplotlib()
     contrasted = read_pairs(job.pairs, job.seed)
-    model, tokenizer = language_model(job.model, job.device)
+    model, tokenizer = writing_model(job.model, job.device)
     calibration = {k: v for k, v in job.sampling.keywords().items() if k != "seed"}
     with asked_by_user(f"--state {job.state}", ValueError, RuntimeError, TypeError, OSError):
         found = ll.steering_rounds(
@@ -59,9 +60,8 @@ def draw(path: Path, found: Rounds) -> None:
 
     def curve(name: str, key: str) -> plot.Curve:
         checks: list[Any] = [getattr(r, key) for r in found.rounds]
-        spread = [c["shift"] / c["effect"] if c["effect"] else 0.0 for c in checks]
         y = [c["shift"] for c in checks]
-        band = [a - s for a, s in zip(y, spread, strict=True)], [a + s for a, s in zip(y, spread, strict=True)]
+        band = [c["shift"] - spread(c) for c in checks], [c["shift"] + spread(c) for c in checks]
         return plot.Curve(name, x, y, band)
 
     label = "odds towards the chosen text, nats\n(mean ± standard deviation over held-out pairs)"
