@@ -35,6 +35,7 @@ ROOMS = (
     "attachment",
     "initialise",
     "calibration",
+    "running",
     "fitting",
     "origins",
     "checkpoint",
