@@ -56,17 +56,15 @@ def rounds(job: Asked) -> dict[str, Any]:
 
 def draw(path: Path, found: Rounds) -> None:
     """The shift on held-out pairs, round by round, and what the null did in its place."""
-    x = [float(r.number) for r in found.rounds]
 
-    def curve(name: str, key: str) -> plot.Curve:
+    def marks(name: str, key: str, color: str) -> plot.Marks:
         checks: list[Any] = [getattr(r, key) for r in found.rounds]
-        y = [c["shift"] for c in checks]
-        band = [c["shift"] - spread(c) for c in checks], [c["shift"] + spread(c) for c in checks]
-        return plot.Curve(name, x, y, band)
+        return plot.Marks(name, [c["shift"] for c in checks], [spread(c) for c in checks], color)
 
     label = "odds towards the chosen text, nats\n(mean ± standard deviation over held-out pairs)"
-    curves = [curve("with this round", "trained"), curve("its null control", "null"), curve("before it", "before")]
-    plot.against_c(path, [plot.Panel(label, curves)], along="round")
+    fates = [f"round {r.number}\n" + ("dropped" if r.dose is None else f"kept, c = {r.dose:.3g}") for r in found.rounds]
+    before, after = marks("before it", "before", plot.ORANGE), marks("with this round", "trained", plot.BLUE)
+    plot.side_by_side(path, label, fates, [before, after, marks("with its null control", "null", plot.GRAY)])
 
 
 def report(found: Rounds, summary: dict[str, Any]) -> str:
