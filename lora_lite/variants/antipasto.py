@@ -24,11 +24,11 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from lora_lite.config import RankConfig
 from lora_lite.lowrank import LowRank, add_narrow
 from lora_lite.variant import BITWISE, Base, Identity, Params, ParamSpec, register
 from lora_lite.variants import turning
 from lora_lite.variants.cayley import skew
-from lora_lite.variants.rank import RankConfig
 from lora_lite.variants.spectrum import SCORES, FromSpectrum, Score, Spectrum
 
 CHOICES = {"rotate": ("V", "U"), "init": ("zeros", "paper"), "selection_score": SCORES}
@@ -60,7 +60,7 @@ class AntiPaSTOConfig(RankConfig):
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 2:
             raise ValueError(f"block_size must be a whole number from 2, got {self.block_size!r}")
-        if bad := [r for r in (self.r, *self.rank_pattern.values()) if r < self.block_size]:
+        if bad := [r for r in self.ranks() if r < self.block_size]:
             raise ValueError(f"r must be at least block_size={self.block_size}, got {bad[0]!r}")
         if not isinstance(self.max_angle, int | float) or not 0.0 < self.max_angle < math.pi:
             raise ValueError(f"max_angle must be between 0 and pi, got {self.max_angle!r}")
