@@ -32,6 +32,7 @@ ROOMS = (
     "peft_format",
     "lifecycle",
     "adapter",
+    "placement",
     "attachment",
     "initialise",
     "calibration",
