@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -17,23 +17,20 @@ from lora_lite import checkpoint, fitting, merge
 from lora_lite.attachment import (
     Shared,
     all_hooks,
-    beside,
     check_layers,
     fresh_parameter,
     ledger_of,
     lift,
-    place,
     refuse_merged,
     targets_by_name,
     unwrapped,
-    warn_of_hazards,
 )
 from lora_lite.base import fingerprint
 from lora_lite.config import AdapterConfig
 from lora_lite.dial import Block, Coefficient, Dial, Setting, check_float
 from lora_lite.hooks import Hook
 from lora_lite.lowrank import LowRank
-from lora_lite.target import Target
+from lora_lite.placement import Placement, put
 from lora_lite.variant import Base, Params, ParamSpec, Variant, variant_of
 from lora_lite.varied import Schedule, by_layer, limit, scheduled
 
@@ -75,11 +72,7 @@ class Adapter:
         self._specs = {t: self.variant.param_specs(*size, config.at(t, *size)) for t, size in self._sizes.items()}
         self._held = as_parameters(tensors, self._specs)
         self._also = {n: v if isinstance(v, Parameter) else Parameter(v.detach().clone()) for n, v in (also or {}).items()}
-        self._model: nn.Module | None = None
-        self._shared: Shared | None = None
-        self._layers: dict[str, nn.Module] = {}
-        self._last: list[str] = []  # the last target's path, in parts
-        self._last_layer: nn.Module | None = None
+        self._at: Placement | None = None
         self._merged: merge.Merged | None = None
 
     # -- what it is -------------------------------------------------------------------------------------------------
@@ -106,24 +99,24 @@ class Adapter:
     @property
     def attached(self) -> bool:
         """Whether it acts on a model now, by its hooks or merged into the weights."""
-        return self._model is not None
+        return self._at is not None
 
     @property
     def model(self) -> nn.Module | None:
         """The model it is attached to, or None."""
-        return self._model
+        return None if self._at is None else self._at.model
 
     def tensors(self) -> dict[str, dict[str, Parameter]]:
         """Its tensors by target and field, as they are now: {"model.layers.0.self_attn.q_proj": {"lora_A": ...}}."""
-        if self._shared is None or self._merged is not None:
+        if self._at is None or self._merged is not None:
             return {t: dict(fields) for t, fields in self._held.items()}
-        return {t: self._hook(t).tensors(layer) for t, layer in self._layers.items()}  # type: ignore[misc]
+        return self._at.tensors()
 
     def also(self) -> dict[str, Parameter]:
         """The parameters it trains beside its own (`train_also`), by full name."""
-        if self._shared is None or self._merged is not None or self._model is None:
+        if self._at is None or self._merged is not None:
             return dict(self._also)
-        return {name: self._model.get_parameter(name) for name in self._shared.originals}
+        return self._at.also()
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """The trainable tensors under the names they have on the model: "model.layers.0.self_attn.q_proj.lora_A"."""
@@ -171,11 +164,7 @@ class Adapter:
     def print_trainable_parameters(self) -> None:
         """One line: trainable, all, and their ratio, counting the model it is attached to."""
         trained = self.num_parameters()
-        everything = (
-            sum(p.numel() for p in self._model.parameters())
-            if self._model is not None
-            else sum(v.numel() for v in self.state_dict().values())
-        )
+        everything = sum(p.numel() for p in (self.state_dict().values() if self._at is None else self._at.model.parameters()))
         print(f"trainable params: {trained:,} || all params: {everything:,} || trainable%: {100 * trained / max(1, everything):.4f}")
 
     # -- training ---------------------------------------------------------------------------------------------------
@@ -259,24 +248,25 @@ class Adapter:
         """
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"the first argument is the model; write adapter(c={model!r})")
-        if self._model is None:
+        at = self._at
+        if at is None:
             return self._visit(model, c)
-        if model is not None and model is not self._model and not any(m is self._model for m in model.modules()):
+        if model is not None and model is not at.model and not any(m is at.model for m in model.modules()):
             raise ValueError(
-                f"adapter {self.name!r} is attached to another {type(self._model).__name__} than the {type(model).__name__} given; "
+                f"adapter {self.name!r} is attached to another {type(at.model).__name__} than the {type(model).__name__} given; "
                 "a copy of a model carries its own adapters: ll.adapters(copy)"
             )
         self._refuse_merged("change c")
-        if module_along(self._model, self._last) is not self._last_layer:
-            self._check_places(refuse)
+        if not at.looks_intact():
+            at.check(refuse)
         return self._block(c)
 
     def _block(self, c: CValue) -> AbstractContextManager[Any]:
         if type(c) is float:  # most of all, and each other question costs a fraction of a microsecond
             return Block(self._dial, c)
         if callable(c) and not isinstance(c, Tensor):
-            assert self._model is not None
-            return scheduled(self._model, self._dial, c)
+            assert self._at is not None
+            return scheduled(self._at.model, self._dial, c)
         return Block(self._dial, self._meant(c))
 
     @contextmanager
@@ -313,7 +303,10 @@ class Adapter:
                 )
             if c is not None:
                 self._dial.settle(Setting(c))
-            self._place(model, targets)
+            shared = Shared(self.name, self.config, ledger_of(model), self._dial, self.metadata, self.fingerprint, self.diagnostics,
+                            self._calibrated)  # fmt: skip
+            self._adopt(put(model, shared, targets, self._held, self._also))
+            self._held, self._also = {}, {}
         except BaseException:
             self.name = self._dial.name = previous[0]
             self._dial.settle(previous[1])
@@ -321,54 +314,21 @@ class Adapter:
         logger.debug("attached {}", self)
         return self
 
-    def _place(self, model: nn.Module, targets: Sequence[Target]) -> None:
-        own = beside(model, self._also)
-        if wrong := [n for n, p in self._also.items() if p.shape != own[n].shape]:
-            raise RuntimeError(f"adapter {self.name!r} trains {wrong}, which have other shapes in this {type(model).__name__}")
-        warn_of_hazards(targets)
-        weights = {t.name: t.module.weight for t in targets}  # a parametrised layer computes it
-        kept: dict[tuple[Parameter, Any], Parameter] = {}  # one per device of a tensor that layers share
-        self._held = {
-            t: {f: kept.setdefault((p, weights[t].device), moved(p, weights[t].device)) for f, p in fields.items()}  # type: ignore[union-attr]
-            for t, fields in self._held.items()
-        }
-        self._also = {n: moved(p, own[n].device, own[n].dtype) for n, p in self._also.items()}
-        shared = Shared(self.name, self.config, ledger_of(model), self._dial, self.metadata, self.fingerprint, self.diagnostics,
-                        self._calibrated)  # fmt: skip
-        place(model, shared, targets, self._held, self._also)
-        self._adopt(model, shared, {t.name: t.module for t in targets})
-        self._held, self._also = {}, {}
-
-    def _adopt(self, model: nn.Module, shared: Shared, layers: Mapping[str, nn.Module]) -> None:
-        self._model, self._shared, self._layers = model, shared, dict(layers)
-        last = next(reversed(self._layers))  # looked at by each `with`: the head is what models replace, and all would cost by the layer
-        self._last, self._last_layer = last.split(".") if last else [], self._layers[last]
-        _HANDLES[shared] = weakref.ref(self)
-
-    def _hook(self, target: str) -> Hook:
-        hook = next((h for _, _, h in all_hooks(self._layers[target]) if h.shared is self._shared), None)
-        if hook is None:
-            raise RuntimeError(f"adapter {self.name!r}: the layer {target!r} lost its hook; was the module replaced or its hooks cleared?")
-        return hook
+    def _adopt(self, at: Placement) -> None:
+        self._at = at
+        _HANDLES[at.shared] = weakref.ref(self)
 
     def detach(self) -> None:
         """Take it off: the model is as it was before, bit for bit; the adapter keeps its tensors. Twice is harmless."""
         if self._merged is not None:
             self.unmerge()
-        if self._model is None or self._shared is None:
+        if self._at is None:
             return
-        self._check_places(logger.warning)
-        held = lift(self._model, self._shared, self._layers)
+        self._at.check(logger.warning)
+        held = lift(self._at.model, self._at.shared, self._at.layers)
         self._also = held.pop("", {})
         self._held = {t: held[t] for t in self._sizes if t in held}
-        self._model, self._shared, self._layers, self._last_layer = None, None, {}, None
-
-    def _check_places(self, complain: Callable[[str], Any]) -> None:
-        """Complain of layers that the model has replaced since (resize_token_embeddings does): there the adapter is not."""
-        assert self._model is not None
-        gone = [t for t in self._layers if module_at(self._model, t) is not self._layers[t]]
-        if gone:
-            complain(f"adapter {self.name!r}: the model has replaced {gone[:5]} ({len(gone)} in all) since; detach and attach it again")
+        self._at = None
 
     def _refuse_merged(self, what: str) -> None:
         if self._merged is not None:
@@ -382,17 +342,17 @@ class Adapter:
         The layers are lent new Parameters (their own are kept aside: memory for one more copy of the adapted weights).
         Raises TypeError for quantised layers and for a tensor c, RuntimeError beside other adapters it does not commute with.
         """
-        if self._model is None:
+        if (at := self._at) is None:
             raise RuntimeError(f"adapter {self.name!r} is not attached; ll.attach(model, adapter) first")
         self._refuse_merged("merge it again")
-        refuse_merged(ledger_of(self._model))
-        self._check_places(refuse)
-        others = [hook for _, _, hook in all_hooks(self._model) if hook.shared is not self._shared]
-        merged = merge.Merged({t: (layer, self._hook(t)) for t, layer in self._layers.items()}, others, c)
+        refuse_merged(ledger_of(at.model))
+        at.check(refuse)
+        others = [hook for _, _, hook in all_hooks(at.model) if hook.shared is not at.shared]
+        merged = merge.Merged({t: (layer, at.hook(t)) for t, layer in at.layers.items()}, others, c)
         self._held, self._also = self.tensors(), self.also()
         merged.swap_in()
         self._merged = merged
-        ledger_of(self._model).merged[self.name] = self
+        at.shared.ledger.merged[self.name] = self
         return self
 
     def unmerge(self) -> Adapter:
@@ -400,8 +360,8 @@ class Adapter:
         if self._merged is not None:
             self._merged.swap_out(self._held)
             self._merged, self._held, self._also = None, {}, {}
-            assert self._shared is not None
-            self._shared.ledger.merged.pop(self.name, None)
+            assert self._at is not None
+            self._at.shared.ledger.merged.pop(self.name, None)
         return self
 
     @contextmanager
@@ -417,8 +377,8 @@ class Adapter:
 
     def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write one safetensors file (docs/format.md), atomically. Raises ValueError for non-finite tensors or reserved keys."""
-        if self._model is not None:
-            self._check_places(refuse)
+        if self._at is not None:
+            self._at.check(refuse)
         tensors = {t: {f: p.detach() for f, p in fields.items()} for t, fields in self.tensors().items()}
         also = {n: p.detach() for n, p in self.also().items()}
         contents = checkpoint.Contents(
@@ -496,25 +456,6 @@ def refuse(message: str) -> None:
     raise RuntimeError(message)
 
 
-def module_at(model: nn.Module, path: str) -> nn.Module | None:
-    return module_along(model, path.split(".") if path else [])
-
-
-def module_along(model: nn.Module, path: Sequence[str]) -> nn.Module | None:
-    found: nn.Module | None = model
-    for name in path:
-        if found is None:
-            return None
-        found = found._modules.get(name)
-    return found
-
-
-def moved(p: Parameter, device: torch.device, dtype: torch.dtype | None = None) -> Parameter:
-    """The same Parameter where it is right already, else one on the device (and of the dtype)."""
-    right = p.device == device and dtype in (None, p.dtype)
-    return p if right else Parameter(p.detach().to(device, dtype or p.dtype), requires_grad=p.requires_grad)
-
-
 def as_parameters(
     tensors: Mapping[str, Mapping[str, Tensor]], specs: Mapping[str, Mapping[str, ParamSpec]]
 ) -> dict[str, dict[str, Parameter]]:
@@ -531,11 +472,10 @@ def handle_of(model: nn.Module, shared: Shared, hooks: Mapping[str, tuple[nn.Mod
     known = _HANDLES.get(shared)
     if known is not None and (adapter := known()) is not None:
         return adapter
-    ledger = ledger_of(model)
-    assert ledger is shared.ledger
+    assert ledger_of(model) is shared.ledger
     layer_sizes = {path: hook.base.sizes[:2] for path, (_, hook) in hooks.items()}
     adapter = Adapter(shared.config, {}, layer_sizes, name=shared.name, fingerprint=shared.fingerprint)
     adapter._dial, adapter.metadata, adapter.diagnostics = shared.dial, shared.metadata, shared.diagnostics
     adapter._calibrated = shared.calibrated
-    adapter._adopt(model, shared, {path: layer for path, (layer, _) in hooks.items()})
+    adapter._adopt(Placement(model, shared, {path: layer for path, (layer, _) in hooks.items()}))
     return adapter

@@ -175,30 +175,58 @@ def match_pattern(table: Mapping[str, T], target: str, default: T) -> T:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankedConfig(AdapterConfig):
-    """What the low-rank methods share: rank, alpha (the scale is alpha/r), their exceptions per layer, and dropout on the input.
-
-    rank_pattern and alpha_pattern map a regex on the end of a module path to that layer's own value; the first match
-    wins, as in PEFT. A rank without an alpha of its own changes the scale.
-    """
+class RankConfig(AdapterConfig):
+    """r, and rank_pattern: a regex on the end of a module path to that layer's own r, the first match wins."""
 
     r: int = 16
-    alpha: float = 32.0
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for what, r in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
             if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
                 raise ValueError(f"{what} must be a positive whole number, got {r!r}")
+        as_patterns(tuple(self.rank_pattern), "rank_pattern")
+
+    def at(self, target: str, d_in: int, d_out: int) -> Self:
+        if not self.rank_pattern:
+            return self
+        return dataclasses.replace(self, r=match_pattern(self.rank_pattern, target, self.r), rank_pattern={})
+
+    def patterns(self) -> dict[str, Mapping[str, Any]]:
+        return {"rank_pattern": self.rank_pattern}
+
+    def ranks(self) -> list[int]:
+        return [self.r, *self.rank_pattern.values()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankDropoutConfig(RankConfig):
+    """Also dropout on the input of the update, in training only."""
+
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedConfig(RankDropoutConfig):
+    """What most low-rank methods share: also alpha (the scale is alpha/r), and alpha_pattern, its exceptions per layer.
+
+    rank_pattern and alpha_pattern match as in PEFT. A rank without an alpha of its own changes the scale.
+    """
+
+    alpha: float = 32.0
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         for what, alpha in {"alpha": self.alpha, **{f"alpha_pattern[{k!r}]": v for k, v in self.alpha_pattern.items()}}.items():
             if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
                 raise ValueError(f"{what} must be a finite number, got {alpha!r}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        as_patterns(tuple(self.rank_pattern), "rank_pattern")
         as_patterns(tuple(self.alpha_pattern), "alpha_pattern")
 
     @property
@@ -206,11 +234,13 @@ class RankedConfig(AdapterConfig):
         return self.alpha / self.r
 
     def at(self, target: str, d_in: int, d_out: int) -> Self:
-        if not self.rank_pattern and not self.alpha_pattern:
-            return self
-        r = match_pattern(self.rank_pattern, target, self.r)
-        alpha = match_pattern(self.alpha_pattern, target, self.alpha)
-        return dataclasses.replace(self, r=r, alpha=alpha, rank_pattern={}, alpha_pattern={})
+        own = super().at(target, d_in, d_out)
+        if not self.alpha_pattern:
+            return own
+        return dataclasses.replace(own, alpha=match_pattern(self.alpha_pattern, target, self.alpha), alpha_pattern={})
 
     def patterns(self) -> dict[str, Mapping[str, Any]]:
-        return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        return super().patterns() | {"alpha_pattern": self.alpha_pattern}
+
+    def alphas(self) -> list[float]:
+        return [self.alpha, *self.alpha_pattern.values()]

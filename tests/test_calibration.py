@@ -15,7 +15,9 @@ from transformers import BartConfig, BartForConditionalGeneration, BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
 import lora_lite as ll
-from lora_lite import calibration
+from lora_lite import calibration, running
+from lora_lite.calibration import inputs as streaming
+from lora_lite.calibration.forms import ROWS
 from tests import models
 from tests.models import normal, token_ids
 from tests.references import assert_close, same_bits
@@ -407,11 +409,11 @@ class Pair(NamedTuple):
 def test_batches_go_to_the_models_device() -> None:
     outputs = BaseModelOutput(last_hidden_state=X)  # type: ignore[arg-type]
     batch = BatchEncoding({"input_ids": IDS, "nested": [(MASK, "text")], "outputs": outputs, "n": 3, "none": None})
-    moved = calibration.moved(batch, torch.device("meta"))
+    moved = running.moved(batch, torch.device("meta"))
     assert moved["input_ids"].is_meta and moved["nested"][0][0].is_meta and moved["nested"][0][1] == "text"
     assert moved["outputs"][0].is_meta and moved["outputs"].last_hidden_state.is_meta and moved["n"] == 3 and moved["none"] is None
     assert batch["input_ids"] is IDS and outputs[0] is X  # the caller's own are left alone
-    assert calibration.moved(Pair(X, 2), torch.device("meta")).x.is_meta
+    assert running.moved(Pair(X, 2), torch.device("meta")).x.is_meta
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -460,9 +462,9 @@ def test_batches_that_were_run_are_let_go() -> None:
 
 
 def test_a_large_tensor_is_handed_over_in_pieces() -> None:
-    model, x = models.single(), torch.zeros(2 * calibration.ROWS + 5, 10)
+    model, x = models.single(), torch.zeros(2 * ROWS + 5, 10)
     for data in ({"linear": x}, [x], [x[None]]):
-        assert stream(model, data, make=Counting)["linear"].sizes == [calibration.ROWS, calibration.ROWS, 5]
+        assert stream(model, data, make=Counting)["linear"].sizes == [ROWS, ROWS, 5]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -565,8 +567,8 @@ def test_short_runs_show_nothing_long_ones_a_bar_on_stderr(capsys: pytest.Captur
     stream(models.mlp(), {"cho": [X], "rej": [X]})
     assert capsys.readouterr() == ("", "")
     at_once: Mapping[str, Any] = {"delay": 0}
-    bar = calibration.tqdm
-    monkeypatch.setattr(calibration, "tqdm", lambda data, **options: bar(data, **options | at_once))
+    bar = streaming.tqdm
+    monkeypatch.setattr(streaming, "tqdm", lambda data, **options: bar(data, **options | at_once))
     stream(models.mlp(), {"cho": [X], "rej": [X]}, progress=False)
     assert capsys.readouterr() == ("", "")
     stream(models.mlp(), {"cho": [X], "rej": [X]})

@@ -108,7 +108,7 @@ def test_every_variant_on_a_model_and_pairs_of_ones_own(variant: str, room: Path
     pairs = room / "pairs.jsonl"
     pairs.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     short = dataclasses.replace(RECIPE, steps=2)
-    asked = job(room, variant, config_of(variant, {}, [], short.steps), model=str(room / "tiny-lm"), pairs=pairs, recipe=short)
+    asked = job(room, variant, config_of(variant, None, short.steps), model=str(room / "tiny-lm"), pairs=pairs, recipe=short)
     summary = demo.demo(asked)
     assert summary["ok"], summary["checks"]
     assert summary["trait"] == "P(chosen)" and variant in summary["title"]

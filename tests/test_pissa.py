@@ -422,10 +422,11 @@ def test_a_loras_rows_keep_matching_directions_out() -> None:
     assert 0.1 < second.diagnostics["left_out"] < 0.2  # 2 of 12
 
 
-def test_a_lora_that_matches_no_direction_is_told(said: list[str]) -> None:
+@pytest.mark.parametrize("after", [ll.PiSSAConfig(r=3), ll.AntiPaSTOConfig(r=4, block_size=2)], ids=lambda cfg: cfg.variant)
+def test_a_lora_that_matches_no_direction_is_told(after: ll.AdapterConfig, said: list[str]) -> None:
     model = mlp(F64)
     kept = kept_lora(model, lambda Vh: Vh.mean(0).expand(2, -1))  # it leans to all of them alike
-    second = ll.attach(model, config(r=3), name="second", exclude_directions=[kept])
+    second = ll.attach(model, after, name="second", exclude_directions=[kept])
     assert second.diagnostics["left_out"] == 0.0
     assert len(said) == 1 and "exclude_directions left out no direction" in said[0]
 

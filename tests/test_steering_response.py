@@ -363,13 +363,14 @@ def test_two_sweeps_are_one_table() -> None:
         one.joined(dataclasses.replace(two, null=two))
 
 
-def test_the_plot_shows_a_stretch_once_more(tmp_path: Path) -> None:
+def test_the_plot_shows_a_stretch_once_more_where_that_makes_it_larger(tmp_path: Path) -> None:
     found = table({-1.0: 0.0, 0.0: 0.5, 1.0: 1.0})
     found.plot(tmp_path / "plain.png")
-    found.plot(tmp_path / "zoomed.png", zoom=found.gradual(), title="a title")
+    found.plot(tmp_path / "zoomed.png", zoom=(-0.3, 0.4), title="a title")
+    found.plot(tmp_path / "all of it.png", zoom=found.gradual())
     table({0.0: 0.5}).plot(tmp_path / "one dose.png")
     width = {p.name: int.from_bytes(p.read_bytes()[16:20]) for p in tmp_path.iterdir()}  # of a PNG's header
-    assert width["zoomed.png"] > 1.3 * width["plain.png"] == 1.3 * width["one dose.png"]
+    assert width["zoomed.png"] > 1.3 * width["plain.png"] == 1.3 * width["one dose.png"] == 1.3 * width["all of it.png"]
 
 
 def test_the_plot_is_a_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import lora_lite as ll
-from lora_lite.steering import rounds as module
+from lora_lite.steering import standing, verdict
 from tests.models import llama, token_ids
 from tests.references import same_bits
 
@@ -125,8 +125,8 @@ def test_no_coherent_c_is_a_reason_to_drop(tmp_path: Path) -> None:
 
 def test_the_effect_is_cohens_d_of_what_the_round_adds() -> None:
     before, after = {"shift": 1.0, "effect": 2.0}, {"shift": 4.0, "effect": 4.0}  # spreads 0.5 and 1
-    assert module.added(before, after) == pytest.approx(3.0 / ((0.5**2 + 1.0**2) / 2) ** 0.5)
-    assert module.added({"shift": 0.0, "effect": 0.0}, {"shift": 0.0, "effect": 0.0}) == 0.0
+    assert verdict.added(before, after) == pytest.approx(3.0 / ((0.5**2 + 1.0**2) / 2) ** 0.5)
+    assert verdict.added({"shift": 0.0, "effect": 0.0}, {"shift": 0.0, "effect": 0.0}) == 0.0
 
 
 def test_the_model_comes_out_as_it_went_in(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_state_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
-    with module.alone_in(tmp_path), pytest.raises(RuntimeError, match="another process is at work"):
+    with standing.alone_in(tmp_path), pytest.raises(RuntimeError, match="another process is at work"):
         go(tmp_path)
 
 

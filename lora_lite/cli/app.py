@@ -29,6 +29,7 @@ from lora_lite.cli.options import (
     log,
     place,
     speak,
+    tell,
     typed,
 )
 
@@ -69,10 +70,10 @@ def demo(
     seed: Seed = 0,
     device: Device = None,
     out: Annotated[Path, typer.Option(help="Folder for what is made.")] = Path("out/demo"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: JSON = False,
 ) -> None:
     """Train an adapter on pairs of texts, sweep its c from -2 to 2, and write the adapter, a plot, samples and a report."""
-    config = config_of(variant, {"targets": targets, "layer_range": layer_range, "r": r, "alpha": alpha}, set_ or [], steps)
+    config = config_of(variant, set_, steps, targets=targets, layer_range=layer_range, r=r, alpha=alpha)
     from lora_lite.cli.demo import Job  # transformers takes seconds to import; --help and typing mistakes should not
     from lora_lite.cli.demo import demo as run
     from lora_lite.cli.language import Recipe, Sampling
@@ -85,7 +86,7 @@ def demo(
     )  # fmt: skip
     speak()
     summary = run(job)
-    typer.echo(json.dumps(summary, ensure_ascii=False) if as_json else readable(summary))
+    tell(summary, readable, as_json)
     raise typer.Exit(0 if summary["ok"] else 1)
 
 
@@ -134,8 +135,7 @@ def convert(
     from lora_lite.cli.convert import Conversion, convert, readable
 
     (speak if model else log)()
-    found = convert(Conversion(source, target, c, as_lora, approximate, r, model, part))
-    typer.echo(json.dumps(found, ensure_ascii=False) if as_json else readable(found))
+    tell(convert(Conversion(source, target, c, as_lora, approximate, r, model, part)), readable, as_json)
 
 
 for command in (steering.steer, steering.sweep, steering.generate, steering.rounds, transfer.transfer):

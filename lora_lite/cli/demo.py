@@ -14,7 +14,7 @@ import lora_lite as ll
 from lora_lite.cli import checks, report
 from lora_lite.cli.corpus import standard_library
 from lora_lite.cli.errors import asked_by_user
-from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, language_model, machine, need_matplotlib, respond
+from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, machine, need_matplotlib, respond, writing_model
 from lora_lite.cli.pairs import Contrast, code_and_prose, read_pairs
 from lora_lite.cli.tiny_lm import Recipe as TinyRecipe
 from lora_lite.cli.tiny_lm import tiny_lm
@@ -54,7 +54,7 @@ def demo(job: Job) -> dict[str, Any]:
         judge, prompts = Judge(contrasted), contrasted.prompts(8)
     with clock("model"):
         source = job.model or str(tiny_lm(job.out.parent / "tiny-lm", standard_library(), job.tiny))
-        model, tokenizer = language_model(source, job.device)
+        model, tokenizer = writing_model(source, job.device)
     pairs, held = (ll.ContrastivePairs(part[:most]) for part, most in ((contrasted.train, seen(job)), (contrasted.held, HELD)))
     with asked_by_user("the pairs", ValueError):
         inputs = held[:8].encode(tokenizer, max_completion=32, device=model.device).inputs()

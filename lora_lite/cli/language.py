@@ -74,12 +74,17 @@ def need_matplotlib() -> None:
         plot.need_matplotlib()
 
 
-def language_model(source: str, device: str = "cpu") -> tuple[Any, Any]:
+def language_model(source: str, device: str = "cpu", option: str = "--model") -> tuple[Any, Any]:
     """Any causal model in Hugging Face format, and its tokenizer: a folder or a hub id."""
-    with asked_by_user(f"--model {source}", OSError, ValueError, KeyError):
+    with asked_by_user(f"{option} {source}", OSError, ValueError, KeyError):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        model = model.to(device).eval()
+        return model.to(device).eval(), tokenizer
+
+
+def writing_model(source: str, device: str = "cpu") -> tuple[Any, Any]:
+    """One that can write from nothing too. Raises UserError where its tokenizer has no token to begin with."""
+    model, tokenizer = language_model(source, device)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError(f"--model {source}: its tokenizer names neither a beginning nor an end of text, so an empty prompt has no tokens")
     return model, tokenizer

@@ -63,8 +63,11 @@ def cs_of(text: str) -> list[float]:
         return torch.linspace(float(low), float(high), int(n)).tolist()
 
 
-def config_of(variant: str, given: dict[str, Any], more: list[str], steps: int) -> ll.AdapterConfig:
-    """The variant's config, a schedule as long as the training. Raises UserError: an unknown variant, field, or a bad value."""
+def config_of(variant: str, more: list[str] | None, steps: int, **given: Any) -> ll.AdapterConfig:
+    """The variant's config, of what is `given` (not None) and what `more` says; a schedule is as long as the training.
+
+    Raises UserError: an unknown variant, field, or a bad value.
+    """
     if variant not in ll.REGISTRY:
         raise UserError(f"--variant {variant}: there is none of that name; there are {', '.join(sorted(ll.REGISTRY))}")
     if ll.REGISTRY[variant].needs_shared:
@@ -73,7 +76,7 @@ def config_of(variant: str, given: dict[str, Any], more: list[str], steps: int) 
         )
     kind = ll.REGISTRY[variant].Config
     fields = {f.name for f in dataclasses.fields(kind)}
-    values = {k: v for k, v in given.items() if v is not None} | dict(map(assignment, more))
+    values = {k: v for k, v in given.items() if v is not None} | dict(map(assignment, more or []))
     if unknown := sorted(set(values) - fields):
         raise UserError(f"--variant {variant} has no {', '.join(unknown)}; it has {', '.join(sorted(fields))}")
     with asked_by_user(f"--variant {variant}", ValueError, TypeError):

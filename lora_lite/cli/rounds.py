@@ -9,10 +9,11 @@ from typing import Any
 
 import lora_lite as ll
 from lora_lite.cli.errors import asked_by_user
-from lora_lite.cli.language import Recipe, Sampling, language_model, need_matplotlib
+from lora_lite.cli.language import Recipe, Sampling, need_matplotlib, writing_model
 from lora_lite.cli.pairs import read_pairs
 from lora_lite.cli.report import table
 from lora_lite.steering import Round, Rounds, plot
+from lora_lite.steering.verdict import spread
 
 PROMPTS = 8
 
@@ -38,7 +39,7 @@ def rounds(job: Asked) -> dict[str, Any]:
     """Goes on where the folder is, and returns what all its rounds came to. Raises UserError for what was typed wrong."""
     need_matplotlib()
     contrasted = read_pairs(job.pairs, job.seed)
-    model, tokenizer = language_model(job.model, job.device)
+    model, tokenizer = writing_model(job.model, job.device)
     calibration = {k: v for k, v in job.sampling.keywords().items() if k != "seed"}
     with asked_by_user(f"--state {job.state}", ValueError, RuntimeError, TypeError, OSError):
         found = ll.steering_rounds(
@@ -55,18 +56,15 @@ def rounds(job: Asked) -> dict[str, Any]:
 
 def draw(path: Path, found: Rounds) -> None:
     """The shift on held-out pairs, round by round, and what the null did in its place."""
-    x = [float(r.number) for r in found.rounds]
 
-    def curve(name: str, key: str) -> plot.Curve:
+    def marks(name: str, key: str, color: str) -> plot.Marks:
         checks: list[Any] = [getattr(r, key) for r in found.rounds]
-        spread = [c["shift"] / c["effect"] if c["effect"] else 0.0 for c in checks]
-        y = [c["shift"] for c in checks]
-        band = [a - s for a, s in zip(y, spread, strict=True)], [a + s for a, s in zip(y, spread, strict=True)]
-        return plot.Curve(name, x, y, band)
+        return plot.Marks(name, [c["shift"] for c in checks], [spread(c) for c in checks], color)
 
     label = "odds towards the chosen text, nats\n(mean ± standard deviation over held-out pairs)"
-    curves = [curve("with this round", "trained"), curve("its null control", "null"), curve("before it", "before")]
-    plot.against_c(path, [plot.Panel(label, curves)], along="round")
+    fates = [f"round {r.number}\n" + ("dropped" if r.dose is None else f"kept, c = {r.dose:.3g}") for r in found.rounds]
+    before, after = marks("before it", "before", plot.ORANGE), marks("with this round", "trained", plot.BLUE)
+    plot.side_by_side(path, label, fates, [before, after, marks("with its null control", "null", plot.GRAY)])
 
 
 def report(found: Rounds, summary: dict[str, Any]) -> str:

@@ -11,11 +11,12 @@ from typing import Any
 import lora_lite as ll
 from lora_lite.cli import report
 from lora_lite.cli.errors import asked_by_user
-from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, language_model, machine, need_matplotlib, respond
+from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, machine, need_matplotlib, respond, writing_model
+from lora_lite.cli.options import SWEPT, cs_of
 from lora_lite.cli.pairs import read_pairs
 from lora_lite.cli.traits import Judge
 
-DOSES = (-2.0, -1.5, -1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
+DOSES = tuple(cs_of(SWEPT))
 PROMPTS = 8  # different ones that are written from
 
 
@@ -45,7 +46,7 @@ def steer(job: Steering) -> dict[str, Any]:
     pairs, held = ll.ContrastivePairs(contrasted.train), ll.ContrastivePairs(contrasted.held)
     training = asdict(job.recipe) | {"validation": held, "seed": job.seed}
     with clock("model"):
-        model, tokenizer = language_model(job.model, job.device)
+        model, tokenizer = writing_model(job.model, job.device)
     with clock("attach"), asked_by_user("the adapter", ValueError, RuntimeError, TypeError):
         data = calibration(job.config, tokenizer, pairs, job.recipe)
         adapter = ll.attach(model, job.config, calibration_data=data, seed=job.seed)
@@ -108,7 +109,7 @@ def sweep(job: Sweep) -> dict[str, Any]:
     clock, contrasted = Clock(), read_pairs(job.pairs, job.seed)
     judge, prompts = Judge(contrasted), contrasted.prompts(PROMPTS)
     with clock("model"):
-        model, tokenizer = language_model(job.model, job.device)
+        model, tokenizer = writing_model(job.model, job.device)
     adapter, null = saved(model, job.adapter), None if job.null is None else saved(model, job.null)
     with clock("sweep c"):
         response = respond(model, tokenizer, adapter, judge, job.doses, prompts, job.sampling, null)

@@ -63,7 +63,7 @@ def steer(
     as_json: JSON = False,
 ) -> None:
     """Train an adapter on pairs of texts, find how far its c can go, and write the adapter, a plot, samples and a report."""
-    config = config_of(variant, {"targets": targets, "layer_range": layer_range, "r": r, "alpha": alpha}, set_ or [], steps)
+    config = config_of(variant, set_, steps, targets=targets, layer_range=layer_range, r=r, alpha=alpha)
     from lora_lite.cli import steer as cli
     from lora_lite.cli.language import Recipe, Sampling
 
@@ -154,7 +154,7 @@ def rounds(
     as_json: JSON = False,
 ) -> None:
     """Several rounds, each on top of what the earlier ones left: train, null control, calibrate, keep or drop by a rule, bake."""
-    config = config_of(variant, {"targets": targets, "layer_range": layer_range, "r": r, "alpha": alpha}, set_ or [], steps)
+    config = config_of(variant, set_, steps, targets=targets, layer_range=layer_range, r=r, alpha=alpha)
     from lora_lite.cli import rounds as cli
     from lora_lite.cli.language import Recipe, Sampling
 

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
+from lora_lite.cli.options import JSON
 from lora_lite.subspace import Update, source_of
 
 app = typer.Typer(name="subspace", no_args_is_help=True, help="Many adapters of one base as one shared basis and a few numbers each.")
 
 File = Annotated[Path, typer.Argument(help="A file of SharedSubspace.save.", show_default=False)]
 Adapters = Annotated[list[Path], typer.Argument(help="Adapter files of lora_lite, or PEFT LoRA folders.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Out = Annotated[Path | None, typer.Option(help="Where the result goes.  [default: back into FILE]", show_default=False)]
 Names = Annotated[list[str] | None, typer.Option("--id", help="The task ids, once per adapter; left out, the names of files or folders.")]
 Threshold = Annotated[float, typer.Option(min=1e-9, max=1, help="Share of |dW|^2 that each layer keeps.")]
@@ -60,7 +60,7 @@ def build(
     budget_bytes: Annotated[int | None, typer.Option(min=1, help="Directions where they explain most, until this is spent.")] = None,
     missing: Annotated[Missing, typer.Option(help="Layers that are not in every adapter.")] = Missing.error,
     bits: Annotated[int | None, typer.Option(help="8 or 4: quantise the result.")] = None,
-    as_json: AsJson = False,
+    as_json: JSON = False,
 ) -> None:
     """Find what adapters share, one layer of all of them in memory at a time."""
     if bits not in (None, 4, 8):
@@ -79,7 +79,7 @@ def build(
 
 
 @app.command()
-def info(file: File, as_json: AsJson = False) -> None:
+def info(file: File, as_json: JSON = False) -> None:
     """What a subspace holds: tasks, layers, directions, bytes, and a bound on each task's error."""
     sub = opened(file)
     bounds = {t: relative_bound(sub, t) for t in sub.tasks}
@@ -93,7 +93,7 @@ def add(
     ids: Names = None,
     project: Annotated[bool, typer.Option("--project", help="Leave the bases as they are; what they do not hold is lost.")] = False,
     out: Out = None,
-    as_json: AsJson = False,
+    as_json: JSON = False,
 ) -> None:
     """Take in further adapters. The bases turn to make room for them; old tasks lose no more than `info` then says."""
     sub = opened(file)
@@ -115,7 +115,7 @@ def export(
     file: File,
     out: Annotated[Path, typer.Option(help="A folder; each task becomes a PEFT folder task_<n> in it, or --task the folder itself.")],
     task: Annotated[str | None, typer.Option(help="Only this one.")] = None,
-    as_json: AsJson = False,
+    as_json: JSON = False,
 ) -> None:
     """Tasks back to PEFT folders. Ids are never used as file names: the answer says which folder is whose."""
     sub = opened(file)
@@ -133,7 +133,7 @@ def diagnose(
     file: File,
     adapters: Annotated[list[Path] | None, typer.Argument(help="The originals, in the order of the tasks.", show_default=False)] = None,
     seed: Annotated[int, typer.Option(help="Of the chance that sharing is compared with.")] = 0,
-    as_json: AsJson = False,
+    as_json: JSON = False,
 ) -> None:
     """Does this collection share anything, and is a shared basis the cheapest way to keep it? A verdict per layer."""
     sub = opened(file)
@@ -151,7 +151,7 @@ def diagnose(
 def validate(
     file: File,
     adapters: Annotated[list[Path] | None, typer.Argument(help="The originals, in the order of the tasks.", show_default=False)] = None,
-    as_json: AsJson = False,
+    as_json: JSON = False,
 ) -> None:
     """Is the file whole, are its bases orthonormal, and is each task as near to its original as it says? Exit status 1 if not."""
     sub = opened(file)
@@ -177,7 +177,7 @@ def validate(
 def diff(
     one: Annotated[str, typer.Argument(help="An adapter file or PEFT folder, or FILE::TASK of a subspace.", show_default=False)],
     other: Annotated[str, typer.Argument(help="The same.", show_default=False)],
-    as_json: AsJson = False,
+    as_json: JSON = False,
 ) -> None:
     """How far are two adapters apart: |dW1 - dW2| / |dW1|, and the cosine between them, by layer and over all."""
     with refusals():

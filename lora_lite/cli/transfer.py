@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
-from lora_lite.cli.options import speak
+from lora_lite.cli.options import JSON, Device, place, speak, tell
 from lora_lite.steering.rows import pad_id
 
 ROLES = {"writers": ("writer",), "readers": ("reader",), "all": ("reader", "writer")}
@@ -33,8 +32,8 @@ def transfer(
     ] = None,
     tokens: Annotated[int, typer.Option(min=64, help="How many tokens of the text to use.")] = 4096,
     length: Annotated[int, typer.Option(min=8, help="Tokens per row.")] = 128,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...  [default: cuda where there is one]", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    device: Device = None,
+    as_json: JSON = False,
 ) -> None:
     """Carry an adapter to a model of another width or depth, without its training data."""
     if roles not in ROLES:
@@ -45,10 +44,10 @@ def transfer(
         raise UserError(f"--out {out}: expected a file in a folder that exists")
     written = read_text(text)
     speak()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    (here, words), (there, other_words) = (
-        language_model(f"--{what}", name, device) for what, name in (("source", source), ("target", target))
-    )
+    from lora_lite.cli.language import language_model  # transformers takes seconds to import
+
+    here, words = language_model(source, place(device), "--source")
+    there, other_words = language_model(target, place(device), "--target")
     rows = batches(words, other_words, written, tokens, length, text)
     with asked_by_user(f"{adapter}", OSError, ValueError, RuntimeError, KeyError):
         given = ll.from_peft(here, adapter) if adapter.is_dir() else ll.load(here, adapter)
@@ -56,7 +55,7 @@ def transfer(
     with asked_by_user("the transfer", ValueError, RuntimeError):
         result = ll.transfer_adapter(given, here, there, rows, rows, ROLES[roles], layer_map, sequential, min_r2)
     result.adapter.save(out)
-    typer.echo(json.dumps(result.to_dict() | {"out": str(out)}, ensure_ascii=False) if as_json else f"{result}\nwritten: {out}")
+    tell(result.to_dict() | {"out": str(out)}, lambda _: f"{result}\nwritten: {out}", as_json)
 
 
 def read_text(path: Path) -> str:
@@ -69,15 +68,6 @@ def read_text(path: Path) -> str:
     if not found.strip():
         raise UserError(f"--text {path}: it is empty")
     return found
-
-
-def language_model(option: str, name: str, device: str) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import
-
-    with asked_by_user(f"{option} {name}", OSError, ValueError, KeyError):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-        return model.to(device).eval(), tokenizer
 
 
 def batches(words: Any, other_words: Any, text: str, tokens: int, length: int, path: Path) -> list[dict[str, Tensor]]:

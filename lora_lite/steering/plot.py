@@ -1,4 +1,4 @@
-"""How does something look against c? Curves with bands, one panel for each thing measured, and once more where c is gradual."""
+"""How does a measurement look? Against c: curves with bands, and once more where c is gradual. From round to round: marks with whiskers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-COLORS = ("#1f5fa8", "0.45", "#c25b12")
+COLORS = BLUE, GRAY, ORANGE = "#1f5fa8", "0.45", "#c25b12"
 SHADE = "#f3e3b3"
 MARGINS = 0.04, 0.35  # beyond the ends, as a share of what is shown: of the whole, of the zoom
+LARGER = 0.4  # of the whole: a wider stretch is no larger in the second column, which is narrower and has those margins
 
 
 class Curve(NamedTuple):
@@ -35,6 +36,15 @@ class Panel(NamedTuple):
     share: bool = False
 
 
+class Marks(NamedTuple):
+    """One value for each group, and how far it spreads to either side."""
+
+    name: str
+    y: list[float]
+    spread: list[float]
+    color: str
+
+
 def need_matplotlib() -> Any:
     """Its Figure. Raises ImportError that says what to install: ask before minutes of work, not after."""
     try:
@@ -44,36 +54,51 @@ def need_matplotlib() -> Any:
     return Figure
 
 
-def against_c(
-    path: str | os.PathLike[str],
-    panels: Sequence[Panel],
-    zoom: tuple[float, float] | None = None,
-    title: str = "",
-    along: str = "c (0 is the base)",
-) -> None:
-    """One panel below the other over one axis; a second column shows the stretch `zoom`. Raises ImportError without matplotlib."""
+def against_c(path: str | os.PathLike[str], panels: Sequence[Panel], zoom: tuple[float, float] | None = None, title: str = "") -> None:
+    """One panel below the other over one axis, the stretch `zoom` shaded; a second column shows it where that makes it larger.
+
+    Raises ImportError without matplotlib.
+    """
     every = [c for panel in panels for curve in panel.curves for c in curve.c]
-    columns = [(min(every), max(every)), *([zoom] if zoom else [])]
+    low, high = min(every), max(every)
+    columns = [(low, high), *([zoom] if zoom and zoom[1] - zoom[0] < LARGER * (high - low) else [])]
     figure = need_matplotlib()(figsize=(7 + 4 * (len(columns) - 1), 0.8 + 2.4 * len(panels)), layout="constrained", dpi=130)
     grid = figure.subplots(len(panels), len(columns), sharex="col", sharey="row", squeeze=False, width_ratios=[1.5, 1][: len(columns)])
     for k, ((low, high), margin) in enumerate(zip(columns, MARGINS, strict=False)):
         beyond = margin * ((high - low) or 1.0)
         for axis, panel in zip(grid[:, k], panels, strict=True):
-            for curve, color in zip(panel.curves, COLORS, strict=False):
+            for curve, color in reversed([*zip(panel.curves, COLORS, strict=False)]):  # the first on top
                 draw(axis, curve.within(low - beyond, high + beyond), color)
             furnish(axis, panel, zoom)
         grid[-1][k].set_xlim(low - beyond, high + beyond)
-        grid[-1][k].locator_params(axis="x", nbins=(9, 5)[k], integer=all(float(c).is_integer() for c in every))
-        grid[-1][k].set_xlabel(along)
+        grid[-1][k].locator_params(axis="x", nbins=(9, 5)[k])
+        grid[-1][k].set_xlabel("c (0 is the base)")
     for axis, panel in zip(grid[:, 0], panels, strict=True):
         axis.set_ylabel(panel.label, fontsize=8)
     if zoom:
         grid[0][0].set_title("all of it", fontsize=9)
-        grid[0][1].set_title(f"where it is gradual: c from {zoom[0]:.2g} to {zoom[1]:.2g}", fontsize=9)
+        which = "where" if len(columns) > 1 else "shaded where"
+        grid[0][-1].set_title(f"{which} it is gradual: c from {zoom[0]:.2g} to {zoom[1]:.2g}", fontsize=9)
     if len(panels[0].curves) > 1:
-        grid[0][0].legend(fontsize=8, frameon=False)
+        grid[0][0].legend(fontsize=8, frameon=False, reverse=True)
     if title:
         figure.suptitle(title, fontsize=10)
+    figure.savefig(path)
+
+
+def side_by_side(path: str | os.PathLike[str], label: str, groups: Sequence[str], marks: Sequence[Marks]) -> None:
+    """Every group's marks beside each other, unconnected: groups are not points of a scale. Raises ImportError without matplotlib."""
+    figure = need_matplotlib()(figsize=(2.5 + 1.2 * max(3, len(groups)), 3.6), layout="constrained", dpi=130)
+    axis = figure.subplots()
+    axis.axhline(0, color="0.6", linewidth=0.8, zorder=0)
+    axis.grid(axis="y", alpha=0.25)
+    for k, mark in enumerate(marks):
+        x = [i + 0.2 * (k - (len(marks) - 1) / 2) for i in range(len(groups))]
+        axis.errorbar(x, mark.y, mark.spread, fmt="o", markersize=5, capsize=3, color=mark.color, label=mark.name)
+    axis.set_xticks(range(len(groups)), groups, fontsize=8)
+    axis.set_xlim(-0.6, len(groups) - 0.4)
+    axis.set_ylabel(label, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=len(marks), fontsize=8, frameon=False)
     figure.savefig(path)
 
 

@@ -219,7 +219,7 @@ class DoseResponse:
     def plot(self, path: str | os.PathLike[str], zoom: tuple[float, float] | None = None, title: str = "") -> None:
         """Trait and coherence against c, with bands over prompts and the null control. The file's ending chooses the format.
 
-        zoom   a stretch of c to show once more, larger, and to shade: found.gradual()
+        zoom   a stretch of c to shade, and to show once more where that makes it larger: found.gradual()
         Trait: mean and standard error; coherence: quartiles. Raises ImportError where matplotlib is not installed.
         """
         panels = [plot.Panel(f"{self.trait}\n(mean ± standard error over {len(self.prompts)} prompts)", self._trait_curves())]

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,99 +24,15 @@ from lora_lite.adapter import Adapter
 from lora_lite.checkpoint import disk
 from lora_lite.config import AdapterConfig
 from lora_lite.history import HistoryBake, disabled
-from lora_lite.lifecycle import attach, load, read
+from lora_lite.lifecycle import attach, load
 from lora_lite.steering.calibrate import calibrate_c
 from lora_lite.steering.pairs import ContrastivePairs
 from lora_lite.steering.report import TrainingReport
-from lora_lite.steering.response import aligned
+from lora_lite.steering.standing import alone_in, record, recorded
 from lora_lite.steering.train import null_control, parted, train_steering
+from lora_lite.steering.verdict import RULE, Round, Rounds, judged
 from lora_lite.steering.writing import as_prompts
 from lora_lite.variant import variant_of
-
-STATE, FORMAT = "state.json", 1
-RULE = (
-    "A round is kept when its effect is at least {margin:g} above the size of its null control's (of either sign: that is what chance "
-    "does here), and some positive c is coherent; it then acts on at the largest such c, at most {dose:g}. The shift is by how many nats "
-    "the odds of held-out pairs move towards the chosen text from the base to c = {up:g}, what earlier rounds kept included; the effect is "
-    "what the round adds to the shift there was before it, over the standard deviation between pairs (Cohen's d). The null control was "
-    "trained in the same way, beside the same history, on pairs of which exactly half are exchanged."
-)
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round as the state has it; what is not done yet is None.
-
-    seed       of its start, its batches and its null
-    before     the held-out check (steering/report.py: PoleCheck) at the positive pole of what the earlier rounds left
-    trained    the same with this round, and the step whose weights were kept
-    null       the same with its null control in this round's place
-    calibrated what `ll.calibrate_c` found, as its file holds it
-    dose       at which it acts on; None where it was dropped
-    why        the rule's answer, in words
-    """
-
-    number: int
-    seed: int
-    before: Mapping[str, Any] | None = None
-    trained: Mapping[str, Any] | None = None
-    null: Mapping[str, Any] | None = None
-    calibrated: Mapping[str, Any] | None = None
-    dose: float | None = None
-    why: str = ""
-
-    @property
-    def file(self) -> str:
-        return f"round-{self.number}.safetensors"
-
-    @property
-    def name(self) -> str:
-        return f"round_{self.number}"
-
-    @property
-    def effects(self) -> tuple[float, float]:
-        """What this round adds, and what its null control does, each as Cohen's d."""
-        assert self.before and self.trained and self.null
-        return added(self.before, self.trained), added(self.before, self.null)
-
-
-@dataclass(frozen=True)
-class Rounds:
-    """What the rounds came to. `print` shows a row per round and the rule; `to_dict` is JSON. Made by `ll.steering_rounds`."""
-
-    folder: Path
-    rule: str
-    rounds: tuple[Round, ...]
-
-    def kept(self) -> list[tuple[Adapter, float]]:
-        """The kept adapters and their doses, read from the folder: `history = ll.HistoryBake(model, found.kept())`."""
-        return [(read(self.folder / r.file, r.name), r.dose) for r in self.rounds if r.dose is not None]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "rule": self.rule,
-            "kept": [r.number for r in self.rounds if r.dose is not None],
-            "rounds": [{**asdict(r), "file": r.file} for r in self.rounds],
-        }
-
-    def __str__(self) -> str:
-        rows = [["round", "shift before", "after", "effect", "null effect", "c from", "to", "acts on at"]]
-        rows += [row(r) for r in self.rounds if r.why]
-        return "\n".join([*aligned(rows), *(f"round {r.number}: {r.why}" for r in self.rounds), self.rule])
-
-
-def row(r: Round) -> list[str]:
-    assert r.before and r.trained and r.calibrated
-    limits = [r.calibrated[side] for side in ("negative", "positive")]
-    shown = [r.before["shift"], r.trained["shift"], *r.effects]
-    return [str(r.number), *(f"{x:+.2f}" for x in shown), *("-" if x is None else f"{x:g}" for x in (*limits, r.dose))]
-
-
-def added(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
-    """The difference of two checks' shifts over their pooled spread; 0.0 where there is no spread to compare with."""
-    spreads = [check["shift"] / check["effect"] if check["effect"] else 0.0 for check in (before, after)]
-    pooled = math.sqrt(sum(s * s for s in spreads) / 2)
-    return (after["shift"] - before["shift"]) / pooled if pooled else 0.0
 
 
 def steering_rounds(
@@ -163,12 +79,12 @@ def steering_rounds(
     job.check(rounds)
     disk.make_folder(job.folder)
     with alone_in(job.folder):
-        done = recorded(job)
+        done = recorded(job.folder, job.to_dict())
         while len(done) < rounds or not all(r.why for r in done):
             if not done or done[-1].why:
                 done.append(Round(len(done) + 1, seed + len(done)))
             done[-1] = next_step(job, done[:-1], done[-1])
-            record(job, done)
+            record(job.folder, job.to_dict(), job.rule, done)
             if after:
                 after(done[-1])
     return Rounds(job.folder, job.rule, tuple(done))
@@ -295,65 +211,4 @@ def calibrated(job: Job, now: Round, adapter: Adapter) -> Round:
     """How far it goes, which its file keeps, and with that the rule's answer."""
     found = calibrate_c(adapter, job.prompts, tokenizer=job.tokenizer, seed=now.seed, progress=job.progress, **job.calibration)
     adapter.save(job.folder / now.file)
-    return judged(job, replace(now, calibrated=found.to_dict()))
-
-
-def judged(job: Job, now: Round) -> Round:
-    assert now.calibrated
-    (effect, null), limit = now.effects, now.calibrated["positive"]
-    compared = f"effect {effect:+.2f}, the null's {null:+.2f}"
-    if not effect >= abs(null) + job.margin:
-        return replace(now, why=f"dropped: {compared}, so {abs(null) + job.margin:.2f} was needed")
-    if limit is None:
-        return replace(now, why=f"dropped: {compared}, but {now.calibrated['verdict']}")
-    dose = min(job.dose, limit)
-    return replace(now, dose=dose, why=f"kept, and acts on at c = {dose:g}: {compared}; {now.calibrated['verdict']}")
-
-
-# -- the state ------------------------------------------------------------------------------------------------------------
-
-
-def record(job: Job, done: Sequence[Round]) -> None:
-    state = {"format": FORMAT, "job": job.to_dict(), "rule": job.rule, "rounds": [asdict(r) for r in done]}
-    disk.replace(job.folder / STATE, [json.dumps(state, indent=1, ensure_ascii=False).encode()])
-
-
-def recorded(job: Job) -> list[Round]:
-    """The rounds so far; the last one may be half done. Raises ValueError for the state of another job, or of none."""
-    path = job.folder / STATE
-    if not path.exists():
-        return []
-    try:
-        state = json.loads(path.read_bytes())
-        there, done = state["job"], [Round(**r) for r in state["rounds"]]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a state of steering_rounds ({error}); give another folder") from error
-    if state.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {state.get('format')}, this version reads {FORMAT}; give another folder")
-    here = job.to_dict()
-    differ = [f"{key} was {there.get(key)}, is {here.get(key)}" for key in sorted({*there, *here}) if there.get(key) != here.get(key)]
-    if differ:
-        raise ValueError(
-            f"{job.folder} holds the rounds of another job: {'; '.join(differ)}. Give another folder, or those settings to go on"
-        )
-    return done
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Two processes in one folder would each undo the other's step; the system drops the lock with the process, however it ends."""
-    with ExitStack() as held:
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield
-            return
-        handle = os.open(folder, os.O_RDONLY)
-        held.callback(os.close, handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise RuntimeError(f"another process is at work in {folder}; wait for it, or give another folder") from error
-        for left in folder.glob(disk.TEMPORARY.format("*")):  # of a process that was killed while it wrote
-            left.unlink()
-        yield
+    return judged(replace(now, calibrated=found.to_dict()), job.margin, job.dose)

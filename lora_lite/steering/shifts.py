@@ -12,8 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
-from lora_lite.calibration import Padding, as_batches, moved
+from lora_lite.calibration.forms import as_batches
+from lora_lite.calibration.padding import Padding
 from lora_lite.dial import check_float
+from lora_lite.running import moved
 from lora_lite.steering.response import aligned
 from lora_lite.steering.writing import on_model
 from lora_lite.target import Place, places

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_lite.adapter import Adapter
-from lora_lite.calibration import as_it_was
 from lora_lite.config import AdapterConfig
 from lora_lite.lifecycle import attach
+from lora_lite.running import as_it_was
 from lora_lite.steering.loop import Recipe, Training
 from lora_lite.steering.losses import Aggregate
 from lora_lite.steering.pairs import ContrastivePairs

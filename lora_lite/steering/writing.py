@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_lite.adapter import Adapter
-from lora_lite.calibration import undisturbed
 from lora_lite.dial import check_float
+from lora_lite.running import undisturbed
 from lora_lite.steering.rows import pad_id
 
 SAMPLING = ("do_sample", "top_k", "top_p", "num_return_sequences", "streamer", "logits_processor")

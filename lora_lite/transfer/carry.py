@@ -13,9 +13,9 @@ from tqdm import tqdm
 from lora_lite.adapter import Adapter
 from lora_lite.attachment import unwrapped
 from lora_lite.base import fingerprint
-from lora_lite.calibration import undisturbed
 from lora_lite.config import ROLES
 from lora_lite.lowrank import LowRank, stack
+from lora_lite.running import undisturbed
 from lora_lite.subspace.source import AdapterSource, lora_config
 from lora_lite.transfer.batches import Batches, paired
 from lora_lite.transfer.fitting import Figures, Statistics

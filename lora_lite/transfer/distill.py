@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora_lite.attachment import unwrapped
-from lora_lite.calibration import undisturbed
+from lora_lite.running import undisturbed
 from lora_lite.transfer.batches import Batches, paired
 from lora_lite.transfer.evaluate import logits
 from lora_lite.transfer.result import TransferResult

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.attachment import unwrapped
-from lora_lite.calibration import called, moved, undisturbed
+from lora_lite.running import called, moved, undisturbed
 from lora_lite.transfer.batches import Batches, paired
 
 Loss = Callable[[Tensor, Any], Tensor | float]

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_lite.calibration import Padding, called, moved
+from lora_lite.calibration.padding import Padding
+from lora_lite.running import called, moved
 from lora_lite.target import Target
 from lora_lite.transfer.parts import Anatomy, block_of
 

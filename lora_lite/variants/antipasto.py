@@ -24,12 +24,12 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from lora_lite.config import RankConfig
 from lora_lite.lowrank import LowRank, add_narrow
-from lora_lite.variant import BITWISE, Base, Identity, Initial, Params, ParamSpec, Variant, register
+from lora_lite.variant import BITWISE, Base, Identity, Params, ParamSpec, register
 from lora_lite.variants import turning
 from lora_lite.variants.cayley import skew
-from lora_lite.variants.rank import RankConfig
-from lora_lite.variants.spectrum import SCORES, Score, Spectrum, tail_depth, unsaid
+from lora_lite.variants.spectrum import SCORES, FromSpectrum, Score, Spectrum
 
 CHOICES = {"rotate": ("V", "U"), "init": ("zeros", "paper"), "selection_score": SCORES}
 
@@ -60,7 +60,7 @@ class AntiPaSTOConfig(RankConfig):
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 2:
             raise ValueError(f"block_size must be a whole number from 2, got {self.block_size!r}")
-        if bad := [r for r in (self.r, *self.rank_pattern.values()) if r < self.block_size]:
+        if bad := [r for r in self.ranks() if r < self.block_size]:
             raise ValueError(f"r must be at least block_size={self.block_size}, got {bad[0]!r}")
         if not isinstance(self.max_angle, int | float) or not 0.0 < self.max_angle < math.pi:
             raise ValueError(f"max_angle must be between 0 and pi, got {self.max_angle!r}")
@@ -75,7 +75,7 @@ class AntiPaSTOConfig(RankConfig):
 
 
 @register
-class AntiPaSTO(Variant):
+class AntiPaSTO(FromSpectrum):
     name = "antipasto"
     Config = AntiPaSTOConfig
     paper = "2601.07473"
@@ -83,9 +83,6 @@ class AntiPaSTO(Variant):
     why_not: ClassVar[Mapping[str, str]] = {"linear_in_c": "c turns by c theta: every c is a rotation, a mix of x and its rotation is none"}
     form = "output"
     linear_in_c = False
-    reads_weight = "init"
-    calibration = "optional"
-    chooses_directions = True
     exact_low_rank: ClassVar[str] = "given weight"
     identity = Identity("bitwise", 'but for init="paper", which starts beside the base on purpose')
 
@@ -103,22 +100,8 @@ class AntiPaSTO(Variant):
         return trained | turning.frozen_specs(d_in, d_out, cfg.r)
 
     @staticmethod
-    def needs_calibration(cfg: AntiPaSTOConfig) -> bool:
-        return cfg.selection_score != "s_only"
-
-    @staticmethod
-    def observe(cfg: AntiPaSTOConfig, base: Base, exclude: Tensor | None) -> Spectrum:
-        assert base.weight is not None  # reads_weight is "init"
-        return Spectrum(base.weight, exclude)
-
-    @staticmethod
-    def init(cfg: AntiPaSTOConfig, base: Base, observed: Spectrum, generator: Generator | None) -> Initial:
-        chosen = observed.choose(cfg.selection_score, cfg.r)
-        return Initial(turning.directions(observed, chosen), {"tail_depth": tail_depth(chosen, len(observed.S))})
-
-    @staticmethod
-    def check(cfg: AntiPaSTOConfig, notes: Mapping[str, float]) -> str | None:
-        return unsaid(cfg.selection_score, notes)
+    def start(cfg: AntiPaSTOConfig, spectrum: Spectrum, chosen: Tensor) -> dict[str, Tensor]:
+        return turning.directions(spectrum, chosen)
 
     @staticmethod
     def directions(p: Params) -> Tensor:

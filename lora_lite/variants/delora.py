@@ -23,9 +23,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Generator, Tensor
 
+from lora_lite.config import RankDropoutConfig
 from lora_lite.lowrank import LowRank
 from lora_lite.variant import Base, Initial, Params, ParamSpec, Variant, register
-from lora_lite.variants.rank import RankDropoutConfig
 
 FLOOR = 1e-4  # PEFT's, on each norm
 

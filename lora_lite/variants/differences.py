@@ -31,9 +31,6 @@ class DifferenceConfig(RankedConfig):
         r = min(own.r, d_in, d_out)
         return own if r == own.r else dataclasses.replace(own, r=r)
 
-    def alphas(self) -> list[float]:
-        return [self.alpha, *self.alpha_pattern.values()]
-
 
 class Differences(Variant):
     """A variant says what A0 and B0 are, in its `init`."""

@@ -106,7 +106,7 @@ class EVA(LoRA):
 
     @staticmethod
     def observe(cfg: EVAConfig, base: Base, exclude: Tensor | None) -> Components:
-        most = round(cfg.rho * max(cfg.r, *cfg.rank_pattern.values(), 0))
+        most = round(cfg.rho * max(cfg.ranks()))
         return Components(min(most, base.d_in), base.d_in, torch.device("cpu"))
 
     @staticmethod

@@ -12,8 +12,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_lite.config import RankDropoutConfig
 from lora_lite.variant import Base, Params, ParamSpec, Variant, register
-from lora_lite.variants.rank import RankDropoutConfig
 
 
 @dataclass(frozen=True, kw_only=True)

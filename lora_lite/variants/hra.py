@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from lora_lite.config import RankConfig
 from lora_lite.lowrank import LowRank, add_narrow
 from lora_lite.variant import Base, Identity, Initial, Params, ParamSpec, Variant, register
-from lora_lite.variants.rank import RankConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,7 @@ class LoRAConfig(LoRAScaleConfig):
         super().__post_init__()
         if self.init not in INITS:
             raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
-        if self.init == "orthogonal" and (odd := [r for r in (self.r, *self.rank_pattern.values()) if r % 2]):
+        if self.init == "orthogonal" and (odd := [r for r in self.ranks() if r % 2]):
             raise ValueError(f'init="orthogonal" needs an even r, got {odd[0]}: A and B each take half of an orthogonal matrix')
 
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_lite.config import RankDropoutConfig
 from lora_lite.lowrank import LowRank
 from lora_lite.variant import Base, Params, ParamSpec, Variant, register
-from lora_lite.variants.rank import RankDropoutConfig
 
 
 @dataclass(frozen=True, kw_only=True)

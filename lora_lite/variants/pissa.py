@@ -8,7 +8,6 @@ Without touching W, as differences.py says (s = alpha/r); both forms add exactly
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -16,9 +15,9 @@ import torch
 from torch import Generator, Tensor
 
 from lora_lite.lowrank import LowRank
-from lora_lite.variant import BITWISE, Base, Identity, Initial, Params, ParamSpec, register
+from lora_lite.variant import BITWISE, Base, Identity, Params, ParamSpec, register
 from lora_lite.variants.differences import DifferenceConfig, Differences, start_at
-from lora_lite.variants.spectrum import SCORES, Score, Spectrum, tail_depth, unsaid
+from lora_lite.variants.spectrum import SCORES, FromSpectrum, Score, Spectrum
 
 CHOICES = {
     "train": ("factors", "spectrum"),
@@ -61,14 +60,11 @@ def amplifying(shape: tuple[int, ...], generator: Generator | None) -> Tensor:
 
 
 @register
-class PiSSA(Differences):
+class PiSSA(FromSpectrum, Differences):
     name = "pissa"
     Config = PiSSAConfig
     paper = "2404.02948"
-    chooses_directions = True
     parameters = "r if train == 'spectrum' else r * (d_in + d_out)"
-    reads_weight = "init"
-    calibration = "optional"
     identity = Identity("bitwise", 'but for ds_init="normal", which starts away from the base on purpose')
 
     @classmethod
@@ -83,29 +79,12 @@ class PiSSA(Differences):
         return Differences.param_specs(d_in, d_out, cfg)
 
     @staticmethod
-    def needs_calibration(cfg: PiSSAConfig) -> bool:
-        return cfg.selection_score != "s_only"
-
-    @staticmethod
-    def observe(cfg: PiSSAConfig, base: Base, exclude: Tensor | None) -> Spectrum:
-        assert base.weight is not None  # reads_weight is "init"
-        return Spectrum(base.weight, exclude)
-
-    @staticmethod
-    def init(cfg: PiSSAConfig, base: Base, observed: Spectrum, generator: Generator | None) -> Initial:
-        chosen = observed.choose(cfg.selection_score, cfg.r)
-        U, S, Vh = observed.U[:, chosen], observed.S[chosen], observed.Vh[chosen]
-        notes = {"tail_depth": tail_depth(chosen, len(observed.S))}
-        if observed.exclude is not None:
-            notes["left_out"] = float((~observed.free()).double().mean())  # the share of the directions that kept adapters use
+    def start(cfg: PiSSAConfig, spectrum: Spectrum, chosen: Tensor) -> dict[str, Tensor]:
+        U, S, Vh = spectrum.U[:, chosen], spectrum.S[chosen], spectrum.Vh[chosen]
         if cfg.train == "spectrum":
-            return Initial({"lora_U": U, "lora_Vh": Vh}, notes)
+            return {"lora_U": U, "lora_Vh": Vh}
         root = (S / cfg.scaling).sqrt()
-        return Initial(start_at(root[:, None] * Vh, U * root), notes)
-
-    @staticmethod
-    def check(cfg: PiSSAConfig, notes: Mapping[str, float]) -> str | None:
-        return unsaid(cfg.selection_score, notes)
+        return start_at(root[:, None] * Vh, U * root)
 
     @staticmethod
     def factors(cfg: PiSSAConfig, p: Params, base: Base) -> LowRank:

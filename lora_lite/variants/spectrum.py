@@ -1,15 +1,16 @@
-"""Which singular directions of a weight do inputs excite? One SVD, and scores streamed through it; for PiSSA and AntiPaSTO."""
+"""Which singular directions of a weight do inputs excite? One SVD, and scores streamed through it; PiSSA and AntiPaSTO start from some."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Generator, Tensor
 
+from lora_lite.variant import Base, Initial, Variant
 from lora_lite.variants.differences import precise
 
 Score = Literal["s_only", "wanda", "act_only", "cho_rej_min_std"]
@@ -96,6 +97,42 @@ class Spectrum:
         score = self.score(by).masked_fill(~free, -torch.inf)
         return score.argsort(descending=True, stable=True)[:r].sort().values
 
+    def notes(self, chosen: Int[Tensor, " r"]) -> dict[str, float]:
+        """How deep the picks lie, and the share of the directions that was left out for kept adapters, if there are any."""
+        found = {"tail_depth": tail_depth(chosen, len(self.S))}
+        return found if self.exclude is None else found | {"left_out": float((~self.free()).double().mean())}
+
+
+class FromSpectrum(Variant):
+    """A variant that starts from r singular directions of W: of those that no kept adapter uses the highest by `selection_score`."""
+
+    reads_weight: ClassVar[Literal["never", "init", "step"]] = "init"
+    calibration: ClassVar[Literal["no", "optional", "required"]] = "optional"
+    chooses_directions: ClassVar[bool] = True
+
+    @staticmethod
+    def start(cfg: Any, spectrum: Spectrum, chosen: Int[Tensor, " r"]) -> dict[str, Tensor]:
+        """The tensors that hold the chosen directions."""
+        raise NotImplementedError
+
+    @staticmethod
+    def needs_calibration(cfg: Any) -> bool:
+        return cfg.selection_score != "s_only"
+
+    @staticmethod
+    def observe(cfg: Any, base: Base, exclude: Tensor | None) -> Spectrum:
+        assert base.weight is not None  # reads_weight is "init"
+        return Spectrum(base.weight, exclude)
+
+    @classmethod
+    def init(cls, cfg: Any, base: Base, observed: Spectrum, generator: Generator | None) -> Initial:
+        chosen = observed.choose(cfg.selection_score, cfg.r)
+        return Initial(cls.start(cfg, observed, chosen), observed.notes(chosen))
+
+    @staticmethod
+    def check(cfg: Any, notes: Mapping[str, float]) -> str | None:
+        return unsaid(cfg.selection_score, notes)
+
 
 def tail_depth(chosen: Int[Tensor, " r"], k: int) -> float:
     """How deep in a spectrum of k the picks lie: 0 the top only, 1 all in the tail."""
@@ -109,7 +146,7 @@ def unsaid(by: str, notes: Mapping[str, float]) -> str | None:
     if notes.get("left_out") == 0.0:  # as with a LoRA of r=8 trained on a toy Llama: 0 of 768 directions, the nearest spanned to 0.38
         return (
             "exclude_directions left out no direction: the kept adapters' inputs span less than half of every singular direction, as "
-            "a LoRA's do whose random A has hardly turned; PiSSA adapters keep directions of the weight itself"
+            "a LoRA's do whose random A has hardly turned; PiSSA and AntiPaSTO adapters use directions of the weight itself"
         )
     if by == "s_only" or depth > DEEP:
         return None

@@ -17,11 +17,11 @@ from typing import Any, ClassVar, Literal, Self
 
 from torch import Generator, Tensor
 
+from lora_lite.config import RankConfig
 from lora_lite.lowrank import LowRank, add_narrow
 from lora_lite.variant import Base, Initial, Params, ParamSpec, Variant, register
 from lora_lite.variants import turning
 from lora_lite.variants.cayley import skew
-from lora_lite.variants.rank import RankConfig
 from lora_lite.variants.spectrum import Spectrum
 
 

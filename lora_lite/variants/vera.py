@@ -16,10 +16,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Generator, Tensor
 
+from lora_lite.config import RankDropoutConfig
 from lora_lite.lowrank import LowRank
 from lora_lite.mixed import linear
 from lora_lite.variant import Base, Group, Params, ParamSpec, Variant, register
-from lora_lite.variants.rank import RankDropoutConfig
 
 
 @dataclass(frozen=True, kw_only=True)
