@@ -38,6 +38,7 @@ TARGETS = tuple(rf"\.{name}$" for name in NAMES)
 LAYER_1 = r"layers\.1\..*"
 PATTERNS: dict[str, Any] = {"rank_pattern": {"k_proj": 3, LAYER_1: 6}, "alpha_pattern": {LAYER_1: 5.0, "v_proj": 2.0}}
 IDS = token_ids(2, 9)
+ORDERED: dict[str, Any] = {"rank_pattern": {"v_proj": 3, LAYER_1: 6}, "alpha_pattern": {"v_proj": 2.0, LAYER_1: 5.0}}  # not sorted
 DOSES = (-1.0, 0.5, 1.0)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -53,6 +54,7 @@ class Case(NamedTuple):
 CASES = {
     "lora": Case(ll.LoRAConfig(r=4, alpha=6.0, targets=TARGETS)),
     "patterns": Case(ll.LoRAConfig(r=4, alpha=6.0, targets=TARGETS, **PATTERNS)),
+    "patterns_by_order": Case(ll.LoRAConfig(r=4, alpha=6.0, targets=TARGETS, **ORDERED)),  # both match layer 1's v_proj
     "rslora": Case(ll.LoRAConfig(r=4, alpha=3.0, rslora=True, targets=TARGETS, **PATTERNS)),
     "dora": Case(ll.DoRAConfig(r=4, alpha=6.0, targets=TARGETS), exact=False),
     "ia3": Case(ll.IA3Config(targets=TARGETS), exact=False),
