@@ -871,7 +871,7 @@ def test_training_on_leaves_no_limit_that_was_measured_before(model: Any) -> Non
     ll.null_control(model, adapter, small(), **FEW)
     assert adapter.calibrated == {"positive": 2.0, "negative": None}
     ll.train_steering(model, adapter, small(), **FEW)
-    with pytest.raises(ValueError, match="needs ll.calibrate_c"):
+    with pytest.raises(ValueError, match="calibrate_c"):
         adapter(model, c="auto")
 
 
