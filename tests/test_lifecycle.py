@@ -607,6 +607,18 @@ def test_to_keeps_the_objects_and_the_meta_device_is_survived() -> None:
     assert all(model.get_parameter(n) is p for n, p in adapter.named_parameters())
 
 
+def test_a_model_made_under_inference_mode_has_its_flags_back() -> None:
+    """Its parameters say that they train, and torch lets nobody say so again outside: detach once failed half-way, values lost."""
+    with torch.inference_mode():
+        model = mlp()
+    before = snapshot(model)
+    adapter = randomise(ll.attach(model, ll.LoRAConfig(r=2), seed=0))
+    held = {name: value.clone() for name, value in adapter.state_dict().items()}
+    adapter.detach()
+    assert not changed(before, snapshot(model))
+    assert all(same_bits(value, held[name]) for name, value in adapter.state_dict().items())
+
+
 def test_a_layer_that_was_replaced_is_not_dropped_in_silence(tmp_path: Path) -> None:
     """As resize_token_embeddings does: the new module has no hook. The adapter's own tensors are not lost with it."""
     model = mlp()
