@@ -214,6 +214,7 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "road": lambda: peft.RoadConfig(variant="road_2", group_size=8, target_modules=NAMES),
     "delora": lambda: peft.DeloraConfig(r=4, target_modules=NAMES, rank_pattern={"k_proj": 3}),
     "hira": lambda: peft.HiraConfig(r=4, target_modules=NAMES),
+    "hira_patterns": lambda: peft.HiraConfig(r=4, target_modules=NAMES, rank_pattern={"k_proj": 3}),  # which PEFT 0.21 passes over
     "miss": lambda: peft.MissConfig(r=8, target_modules=NAMES),
     "vera": lambda: peft.VeraConfig(r=8, target_modules=NAMES),
 }
@@ -586,6 +587,7 @@ def test_vera_without_its_projections_is_refused(tmp_path: Path) -> None:
 
 UNSAYABLE: dict[str, tuple[ll.AdapterConfig, str]] = {
     "a rank per layer": (ll.HRAConfig(r=4, rank_pattern={"q_proj": 2}, targets=TARGETS), "HRA has one r for all layers, 4 here, and"),
+    "a rank per layer that PEFT would pass over": (ll.HiRAConfig(r=4, rank_pattern={"q_proj": 2}, targets=TARGETS), "HIRA has one r"),
     "blocks that differ": (ll.OFTConfig(block_size=24, targets=TARGETS), "OFT has one block_size for all layers"),
     "groups that differ": (ll.ROADConfig(group_size=64, targets=TARGETS), "ROAD has one group_size for all layers"),
     "the paper's start": (ll.DeLoRAConfig(r=4, targets=TARGETS), "DELORA cannot say init='paper'"),
