@@ -184,6 +184,16 @@ def test_what_needs_the_weight_says_so(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["hra", "lora_xs", "ssvd"])
+def test_what_is_written_under_autocast_is_not_rounded(name: str, tmp_path: Path) -> None:
+    config = {"hra": ll.HRAConfig(r=4), "lora_xs": ll.LoRAXSConfig(r=4), "ssvd": ll.SSVDConfig(r=4)}[name]
+    _, adapter = made(config)
+    ll.to_peft(adapter, tmp_path / "plain", as_lora=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ll.to_peft(adapter, tmp_path / "cast", as_lora=True)
+    assert (tmp_path / "plain" / TENSORS).read_bytes() == (tmp_path / "cast" / TENSORS).read_bytes()
+
+
 # -- theirs here ------------------------------------------------------------------------------------------------------------
 
 
