@@ -214,3 +214,9 @@ class RankedConfig(AdapterConfig):
 
     def patterns(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """Keys that are a layer's full name (EVA's and a history's are) follow it; others speak of the end of a path as they did."""
+        exact = {re.escape(old): re.escape(new) for old, new in names.items() if old != new}
+        tables = {name: {exact.get(key, key): v for key, v in table.items()} for name, table in self.patterns().items()}
+        return dataclasses.replace(self, **tables) if tables != self.patterns() else self
