@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -619,13 +620,9 @@ def test_a_model_made_under_inference_mode_has_its_flags_back() -> None:
     assert all(same_bits(value, held[name]) for name, value in adapter.state_dict().items())
 
 
-class Wrapper(nn.Module):
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+def as_module(model: nn.Module) -> nn.Module:
+    """Inside a wrapper whose prefix is understood."""
+    return nn.Sequential(OrderedDict(module=model))
 
 
 @pytest.mark.parametrize("config", [ll.EVAConfig(r=2, rho=2.0), ll.LoRAConfig(rank_pattern={r"module\.layers\.0\.up": 3})])
@@ -633,13 +630,13 @@ def test_a_pattern_of_full_names_follows_them_out_of_a_wrapper_and_in_again(conf
     """EVA's ranks, and a history's, are by full name, of which a wrapper's part is left out where there is none."""
     path, folder = tmp_path / "a.safetensors", tmp_path / "folder"
     data = [normal(40, 12, seed=3)] if config.variant == "eva" else None
-    wrapped = Wrapper(mlp(torch.float32))
+    wrapped = as_module(mlp(torch.float32))
     adapter = randomise(ll.attach(wrapped, config, data, seed=0))
     ranks = {t.removeprefix("module."): p["lora_A"].shape[0] for t, p in adapter.tensors().items()}
     want, ordinary = wrapped(normal(3, 12, seed=4)), len(set(ranks.values())) > 1
     adapter.save(path)
     ll.to_peft(adapter, folder)
-    for model in (mlp(torch.float32), Wrapper(mlp(torch.float32))):
+    for model in (mlp(torch.float32), as_module(mlp(torch.float32))):
         again = ll.load(model, path, strict_base=False)
         assert ordinary and {t.removeprefix("module."): p["lora_A"].shape[0] for t, p in again.tensors().items()} == ranks
         assert same_bits(model(normal(3, 12, seed=4)), want)
