@@ -50,7 +50,8 @@ class Ledger:
         if not self.holders:
             for name, p in model.named_parameters():
                 if name in self.flags:
-                    p.requires_grad_(self.flags[name])
+                    with torch.inference_mode(p.is_inference()):  # outside of it a parameter made inside cannot be asked to train
+                        p.requires_grad_(self.flags[name])
             self.flags.clear()
 
 

@@ -199,6 +199,12 @@ class RankConfig(AdapterConfig):
     def ranks(self) -> list[int]:
         return [self.r, *self.rank_pattern.values()]
 
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """Keys that are a layer's full name (EVA's and a history's are) follow it; others speak of the end of a path as they did."""
+        exact = {re.escape(old): re.escape(new) for old, new in names.items() if old != new}
+        tables = {name: {exact.get(key, key): v for key, v in table.items()} for name, table in self.patterns().items()}
+        return dataclasses.replace(self, **tables) if tables != self.patterns() else self
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankDropoutConfig(RankConfig):

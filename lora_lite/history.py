@@ -27,7 +27,7 @@ from lora_lite.baked import Baked, Content, HistoryHook, history_hooks
 from lora_lite.base import fingerprint, refusal
 from lora_lite.dial import DIALS, Block, Coefficient
 from lora_lite.doses import DoseDial, Doses
-from lora_lite.keeping import as_lora, extended, kept_of, lora_config, without
+from lora_lite.keeping import as_lora, extended, given, kept_of, lora_config, without
 from lora_lite.target import Target
 
 Pairs = Sequence[tuple[Adapter, Coefficient]]
@@ -179,12 +179,13 @@ class HistoryBake:
         doses = Doses((*self.coeffs, *(c for _, c in pairs)))  # a bad c fails first
         contents: dict[tuple[str, str], tuple[Target, Content]] = {}
         for place, (adapter, _) in enumerate(pairs, before):
-            for target in self._targets(adapter, strict_base):
+            targets, whole = self._targets(adapter, strict_base), given(adapter)
+            for target in targets:
                 site = "input" if adapter.variant.form == "input" else "output"
                 known = history_hooks(target.module, baked).get(site)
                 now = known.content(target.module) if known else Content()
                 _, now = contents.get((target.name, site), (target, now))
-                contents[target.name, site] = target, extended(now, baked, target, place, adapter)
+                contents[target.name, site] = target, extended(now, baked, target, place, whole)
         baked.kept += [kept_of(adapter) for adapter, _ in pairs]
         baked.dial.turn(doses.c)  # type: ignore[arg-type]
         for (path, site), (target, content) in contents.items():

@@ -35,8 +35,9 @@ def folded(layer: nn.Module, hook: Hook, c: float) -> Folded:
     wide = torch.promote_types(W.dtype, torch.float32)
     b = None if bias is None else bias.to(wide)
     if isinstance(hook, LowRankHook) and not hook.variant.narrows:  # those round elsewhere than their factors do
-        A, B, g = hook.variant.factors(hook.cfg, hook.tensors(layer), hook.base.sizes)
-        new_W, new_b = W.to(wide) + LowRank(A.to(wide), B.to(wide), c * g).dense(), b
+        with precisely(W):
+            A, B, g = hook.variant.factors(hook.cfg, hook.tensors(layer), hook.base.sizes)
+            new_W, new_b = W.to(wide) + LowRank(A.to(wide), B.to(wide), c * g).dense(), b
     else:
         new_W, new_b = measured(layer, hook, c, W.to(wide), b)
     new_W = new_W.to(W.dtype)
@@ -50,13 +51,19 @@ def measured(layer: nn.Module, hook: Hook, c: float, W: Tensor, b: Tensor | None
     x = torch.cat([torch.eye(d_in, dtype=W.dtype, device=W.device), W.new_zeros(1, d_in)])
     training, hook.dial.training = hook.dial.training, False  # no dropout in what is folded
     try:
-        if hook.site == "input":
-            out = F.linear(hook.apply(layer, x, None, c), W, b)
-        else:
-            out = hook.apply(layer, x, F.linear(x, W, b), c)
+        with precisely(W):
+            if hook.site == "input":
+                out = F.linear(hook.apply(layer, x, None, c), W, b)
+            else:
+                out = hook.apply(layer, x, F.linear(x, W, b), c)
     finally:
         hook.dial.training = training
     return (out[:-1] - out[-1]).T.contiguous(), None if b is None else out[-1]
+
+
+def precisely(like: Tensor) -> torch.autocast:
+    """Without autocast: a weight outlives the block it was made in (14 % of an update, measured for HiRA in bfloat16)."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _frozen(tensor: Tensor) -> Parameter:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from loguru import logger
 from torch import nn
 
@@ -64,6 +65,8 @@ def _block(target: Target) -> str:
 def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model comes first, a torch.nn.Module; got {type(model).__name__}: {str(model)[:80]!r}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"{type(model).__name__} is TorchScript, whose linears take no Python hooks; attach to the model it was made from")
 
 
 def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
@@ -100,7 +103,7 @@ def places(model: nn.Module) -> dict[str, Place | None]:
     found: dict[str, Place | None] = {"": None}
     for path, module in model.named_modules():  # parents come before their children
         here, stacked = found[path], is_stack(module)
-        for i, key in enumerate(module._modules):
+        for i, key in enumerate(module._modules.keys()):  # TorchScript's own dict iterates by number
             found[f"{path}.{key}" if path else key] = here or (Place(path, i, len(module._modules)) if stacked else None)
     return found
 

@@ -331,6 +331,14 @@ def test_a_layer_on_the_meta_device_is_refused() -> None:
         assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_torchscript_is_refused_by_name_and_passed_by_inside_a_model() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4)))
+    with pytest.raises(TypeError, match="TorchScript"):
+        ll.attach(scripted, ll.LoRAConfig(targets=".*"))
+    assert [t.name for t in ll.find_targets(nn.Sequential(nn.Linear(4, 4), scripted), ll.LoRAConfig(targets=".*"))] == ["0"]
+
+
 def test_an_offloaded_layer_is_refused() -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate does the offloading that is refused here")
     model = mlp()

@@ -527,6 +527,17 @@ def test_merged_equals_hooked_and_unmerging_is_bitwise(row: Row) -> None:
 
 
 @each_variant
+def test_merging_under_autocast_rounds_nothing(row: Row) -> None:
+    model = llama()
+    adapter = randomise(attach(model, row))
+    with adapter.merged():
+        want = logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapter.merge()
+    assert same_bits(logits(model), want)
+
+
+@each_variant
 def test_detaching_while_merged_restores_everything(row: Row) -> None:
     model = mlp()
     mixed_flags(model)

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -605,6 +606,43 @@ def test_to_keeps_the_objects_and_the_meta_device_is_survived() -> None:
     model.load_state_dict(state)
     assert_close(model(X.bfloat16()).float(), want, tolerance=0.1)
     assert all(model.get_parameter(n) is p for n, p in adapter.named_parameters())
+
+
+def test_a_model_made_under_inference_mode_has_its_flags_back() -> None:
+    """Its parameters say that they train, and torch lets nobody say so again outside: detach once failed half-way, values lost."""
+    with torch.inference_mode():
+        model = mlp()
+    before = snapshot(model)
+    adapter = randomise(ll.attach(model, ll.LoRAConfig(r=2), seed=0))
+    held = {name: value.clone() for name, value in adapter.state_dict().items()}
+    adapter.detach()
+    assert not changed(before, snapshot(model))
+    assert all(same_bits(value, held[name]) for name, value in adapter.state_dict().items())
+
+
+def as_module(model: nn.Module) -> nn.Module:
+    """Inside a wrapper whose prefix is understood."""
+    return nn.Sequential(OrderedDict(module=model))
+
+
+@pytest.mark.parametrize("config", [ll.EVAConfig(r=2, rho=2.0), ll.LoRAConfig(rank_pattern={r"module\.layers\.0\.up": 3})])
+def test_a_pattern_of_full_names_follows_them_out_of_a_wrapper_and_in_again(config: Any, tmp_path: Path) -> None:
+    """EVA's ranks, and a history's, are by full name, of which a wrapper's part is left out where there is none."""
+    path, folder = tmp_path / "a.safetensors", tmp_path / "folder"
+    data = [normal(40, 12, seed=3)] if config.variant == "eva" else None
+    wrapped = as_module(mlp(torch.float32))
+    adapter = randomise(ll.attach(wrapped, config, data, seed=0))
+    ranks = {t.removeprefix("module."): p["lora_A"].shape[0] for t, p in adapter.tensors().items()}
+    want, ordinary = wrapped(normal(3, 12, seed=4)), len(set(ranks.values())) > 1
+    adapter.save(path)
+    ll.to_peft(adapter, folder)
+    for model in (mlp(torch.float32), as_module(mlp(torch.float32))):
+        again = ll.load(model, path, strict_base=False)
+        assert ordinary and {t.removeprefix("module."): p["lora_A"].shape[0] for t, p in again.tensors().items()} == ranks
+        assert same_bits(model(normal(3, 12, seed=4)), want)
+        again.detach()
+        ll.from_peft(model, folder, strict_base=False)
+        assert_close(model(normal(3, 12, seed=4)), want)
 
 
 def test_a_layer_that_was_replaced_is_not_dropped_in_silence(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ TARGETS = tuple(rf"\.{name}$" for name in NAMES)
 LAYER_1 = r"layers\.1\..*"
 PATTERNS: dict[str, Any] = {"rank_pattern": {"k_proj": 3, LAYER_1: 6}, "alpha_pattern": {LAYER_1: 5.0, "v_proj": 2.0}}
 IDS = token_ids(2, 9)
+ORDERED: dict[str, Any] = {"rank_pattern": {"v_proj": 3, LAYER_1: 6}, "alpha_pattern": {"v_proj": 2.0, LAYER_1: 5.0}}  # not sorted
 DOSES = (-1.0, 0.5, 1.0)
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -53,6 +54,7 @@ class Case(NamedTuple):
 CASES = {
     "lora": Case(ll.LoRAConfig(r=4, alpha=6.0, targets=TARGETS)),
     "patterns": Case(ll.LoRAConfig(r=4, alpha=6.0, targets=TARGETS, **PATTERNS)),
+    "patterns_by_order": Case(ll.LoRAConfig(r=4, alpha=6.0, targets=TARGETS, **ORDERED)),  # both match layer 1's v_proj
     "rslora": Case(ll.LoRAConfig(r=4, alpha=3.0, rslora=True, targets=TARGETS, **PATTERNS)),
     "dora": Case(ll.DoRAConfig(r=4, alpha=6.0, targets=TARGETS), exact=False),
     "ia3": Case(ll.IA3Config(targets=TARGETS), exact=False),
@@ -182,6 +184,16 @@ def test_what_needs_the_weight_says_so(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["hra", "lora_xs", "ssvd"])
+def test_what_is_written_under_autocast_is_not_rounded(name: str, tmp_path: Path) -> None:
+    config = {"hra": ll.HRAConfig(r=4), "lora_xs": ll.LoRAXSConfig(r=4), "ssvd": ll.SSVDConfig(r=4)}[name]
+    _, adapter = made(config)
+    ll.to_peft(adapter, tmp_path / "plain", as_lora=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        ll.to_peft(adapter, tmp_path / "cast", as_lora=True)
+    assert (tmp_path / "plain" / TENSORS).read_bytes() == (tmp_path / "cast" / TENSORS).read_bytes()
+
+
 # -- theirs here ------------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +224,7 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "road": lambda: peft.RoadConfig(variant="road_2", group_size=8, target_modules=NAMES),
     "delora": lambda: peft.DeloraConfig(r=4, target_modules=NAMES, rank_pattern={"k_proj": 3}),
     "hira": lambda: peft.HiraConfig(r=4, target_modules=NAMES),
+    "hira_patterns": lambda: peft.HiraConfig(r=4, target_modules=NAMES, rank_pattern={"k_proj": 3}),  # which PEFT 0.21 passes over
     "miss": lambda: peft.MissConfig(r=8, target_modules=NAMES),
     "vera": lambda: peft.VeraConfig(r=8, target_modules=NAMES),
 }
@@ -584,6 +597,7 @@ def test_vera_without_its_projections_is_refused(tmp_path: Path) -> None:
 
 UNSAYABLE: dict[str, tuple[ll.AdapterConfig, str]] = {
     "a rank per layer": (ll.HRAConfig(r=4, rank_pattern={"q_proj": 2}, targets=TARGETS), "HRA has one r for all layers, 4 here, and"),
+    "a rank per layer that PEFT would pass over": (ll.HiRAConfig(r=4, rank_pattern={"q_proj": 2}, targets=TARGETS), "HIRA has one r"),
     "blocks that differ": (ll.OFTConfig(block_size=24, targets=TARGETS), "OFT has one block_size for all layers"),
     "groups that differ": (ll.ROADConfig(group_size=64, targets=TARGETS), "ROAD has one group_size for all layers"),
     "the paper's start": (ll.DeLoRAConfig(r=4, targets=TARGETS), "DELORA cannot say init='paper'"),

@@ -117,6 +117,12 @@ def test_both_poles_are_one_batch_of_prompt_ids_and_completion_ids(words: Any, b
     assert rows.inputs().keys() == {"input_ids", "attention_mask"} and rows.repeat(2).ids.shape[0] == 8
 
 
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_spaces_that_the_tokenizer_takes_for_nothing_are_an_empty_prompt(name: str) -> None:
+    words, _, start, _ = TOKENIZERS[name]
+    assert ll.ContrastivePairs([("  ", "a", "b")]).tokenised(words)[0].prompt == [start]
+
+
 def test_the_seam_is_not_tokenised_again() -> None:
     """A tokenizer that would join the last letter of the prompt with the first of the completion: the prompt's ids stay its own."""
     bpe = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "c": 2, "bc": 3}, merges=[("b", "c")]))
@@ -847,6 +853,26 @@ def test_a_null_that_fails_gives_the_values_back(model: Any) -> None:
     with pytest.raises(ValueError, match="lr must be above 0"):
         ll.null_control(model, adapter, small(), **FEW | {"lr": -1.0})
     assert not ll.adapters(model) and same_state(state(adapter), before)
+
+
+def test_a_null_of_what_cannot_be_trained_is_refused_before_values_make_room(model: Any) -> None:
+    name = next(n for n, p in model.named_parameters() if p.dim() == 1)
+    adapter = randomise(lora(model, train_also=f"^{name}$"), std=0.1)
+    before = state(adapter)
+    with pytest.raises(RuntimeError, match="also trains"):
+        ll.null_control(model, adapter, small(), **FEW)
+    assert same_state(state(adapter), before) and list(ll.adapters(model)) == ["default"]
+
+
+def test_training_on_leaves_no_limit_that_was_measured_before(model: Any) -> None:
+    """c="auto" would take a c that was never tried on these values; a null only borrows the place, and takes nothing away."""
+    adapter = lora(model)
+    adapter.calibrated = {"positive": 2.0, "negative": None}
+    ll.null_control(model, adapter, small(), **FEW)
+    assert adapter.calibrated == {"positive": 2.0, "negative": None}
+    ll.train_steering(model, adapter, small(), **FEW)
+    with pytest.raises(ValueError, match="calibrate_c"):
+        adapter(model, c="auto")
 
 
 # --- examples ---------------------------------------------------------------------------------------------------------------------------

@@ -318,3 +318,42 @@ def test_a_fresh_one_is_as_near_to_the_base_as_its_config_declares(init: Any, ki
     ll.attach(model, config, seed=0)
     assert ll.REGISTRY["antipasto"].identity_of(config).kind == kind
     assert torch.equal(model(x), base) == (kind == "bitwise")
+
+
+@pytest.mark.parametrize("name", ["antipasto", "antipasto-u", "ssvd", "oft"])
+def test_second_derivatives_are_exact_at_a_c_per_row(name: str) -> None:
+    """With a c per row the solve was once exact in its first derivatives only: gradient penalties were wrong without a word."""
+    model = single(dtype=F64)
+    adapter = randomise(attach(model, dataclasses.replace(VARIANTS[name], config=small(name)), dtype=F64), std=0.4)
+    names, values = zip(*adapter.named_parameters(), strict=True)
+    dose = torch.tensor((0.5, -1.2), dtype=F64, requires_grad=True)
+    x = normal(2, 1, 10, seed=5, dtype=F64).requires_grad_()
+
+    def out(x: Tensor, dose: Tensor, *values: Tensor) -> Tensor:
+        with adapter(model, c=dose):
+            return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,)).sin()
+
+    assert torch.autograd.gradgradcheck(out, (x, dose, *values))
+
+
+def test_second_derivatives_are_exact_in_torch_func() -> None:
+    model = single(dtype=F64)
+    adapter = randomise(attach(model, VARIANTS["ssvd"], dtype=F64), std=0.4)
+    x = normal(2, 3, 10, seed=5, dtype=F64)
+
+    def loss(values: dict[str, Tensor], c: Any) -> Tensor:
+        with adapter(model, c=c):
+            return torch.func.functional_call(model, values, (x,)).sin().sum()
+
+    values = {n: p.detach() for n, p in adapter.named_parameters()}
+    row = torch.full((2,), 0.7, dtype=F64)
+    one = torch.func.hessian(lambda v: loss(v, 0.7))(values)
+    each = torch.func.hessian(lambda v: loss(v, row))(values)
+    for n in values:
+        for k in values:
+            assert_close(each[n][k], one[n][k], f"{n}, {k}")
+
+
+def small(name: str) -> ll.AdapterConfig:
+    config = VARIANTS[name].config
+    return dataclasses.replace(config, block_size=5) if name.startswith("oft") else config

@@ -158,8 +158,8 @@ def described(flat: Mapping[str, Tensor], contents: Folder) -> dict[str, str]:
 
 
 def config_text(config: Mapping[str, Any]) -> bytes:
-    """As PEFT writes it: sorted keys, two spaces."""
-    return (json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
+    """As PEFT writes it: sorted keys, two spaces. But not inside: of rank_pattern and alpha_pattern the first match wins."""
+    return (json.dumps(dict(sorted(config.items())), indent=2, allow_nan=False) + "\n").encode()
 
 
 # -- keys -----------------------------------------------------------------------------------------------------------------

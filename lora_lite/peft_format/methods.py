@@ -222,10 +222,10 @@ METHODS: tuple[Method, ...] = (
         keys={"lora_A": "delora_A", "lora_B": "delora_B", "lora_lambda": "delora_lambda", "lora_w": "delora_w_norm"},
         options=(R, RANK_PATTERN, Option("strength", "delora_lambda", 15.0), Option("dropout", "module_dropout", 0.0)),
     ),
-    Method(
+    Method(  # PEFT 0.21 takes a rank_pattern here and gives every layer r all the same
         peft_type="HIRA", variant="hira", keys={"lora_A": "hira_A", "lora_B": "hira_B"}, turn=scaled("lora_B"),
-        says={"init_weights": True, "fan_in_fan_out": False},
-        options=(R._replace(default=32), RANK_PATTERN, Option("dropout", "hira_dropout", 0.0)),
+        says={"init_weights": True, "fan_in_fan_out": False}, alike=("r",), inert=frozenset(("rank_pattern",)),
+        options=(R._replace(default=32), Option("dropout", "hira_dropout", 0.0)),
     ),
     Method(
         peft_type="MISS", variant="miss", keys={"lora_M": "miss_block"}, alike=("r",), turn=scaled("lora_M"), refuses=other_blocks,

@@ -30,7 +30,8 @@ class Plain(NamedTuple):
 
 def plain_updates(adapter: Adapter, c: float, approximate: bool, r: int | None) -> dict[str, Plain]:
     """Every layer's update at c, of one rank: the given one, or the largest. Raises ValueError where that would not be exact."""
-    given = exact_updates(adapter, c)
+    with merge.precisely(next(iter(adapter.state_dict().values()))):
+        given = exact_updates(adapter, c)
     if given is None and not approximate:
         raise ValueError(
             f"variant {adapter.variant.name!r} is no low-rank update, so no plain LoRA does exactly what it does; approximate=True "

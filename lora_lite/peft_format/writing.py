@@ -134,7 +134,8 @@ def native(adapter: Adapter, c: float) -> Written:
         p = held[t] if c == 1.0 or method.turn is None else method.turn(held[t], at, c)
         p = method.write(p, at)
         tensors |= {f"{FRONT}{strip_prefixes(t)}.{end}": p[field] for field, end in method.keys.items()}
-    config = {o.theirs: o.write(getattr(adapter.config, o.ours)) for o in method.options}
+    own = adapter.config.renamed({t: strip_prefixes(t) for t in ats})
+    config = {o.theirs: o.write(getattr(own, o.ours)) for o in method.options}
     if method.peft_type == "IA3":
         config["feedforward_modules"] = [strip_prefixes(t) for t in ats] if method.variant == "ia3_ff" else []
     return Written(tensors, {"peft_type": method.peft_type, **method.says, **method.when, **config}, dict.fromkeys(ats, 0.0))

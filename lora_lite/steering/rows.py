@@ -36,9 +36,9 @@ def prompt_ids(tokenizer: Any, prompt: Text) -> list[int]:
     if not isinstance(prompt, str):
         return list(prompt)
     bos, eos = needed(tokenizer).bos_token_id, tokenizer.eos_token_id
-    if not prompt:
-        return [next(i for i in (bos, eos) if i is not None)] if (bos, eos) != (None, None) else []
     own, whole = (list(tokenizer(prompt, add_special_tokens=special)["input_ids"]) for special in (False, True))
+    if not own:  # nothing, or spaces that the tokenizer takes for nothing
+        return [next(i for i in (bos, eos) if i is not None)] if (bos, eos) != (None, None) else []
     if own[:1] == [bos]:  # a chat template's text begins with BOS already
         return own
     at = next((i for i in range(len(whole) - len(own) + 1) if whole[i : i + len(own)] == own), None)

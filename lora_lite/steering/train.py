@@ -17,7 +17,7 @@ from lora_lite.running import as_it_was
 from lora_lite.steering.loop import Recipe, Training
 from lora_lite.steering.losses import Aggregate
 from lora_lite.steering.pairs import ContrastivePairs
-from lora_lite.steering.refusals import refuse_broken
+from lora_lite.steering.refusals import refuse_absent, refuse_broken
 from lora_lite.steering.report import TrainingReport
 
 
@@ -68,7 +68,8 @@ def train_steering(
 
     The reference is the model in eval mode `with adapter(model, c=0)`: the base, with whatever else acts on it there (a history
     whose gate is this adapter is shut). Steps run in train mode: dropout is on, and so is gradient checkpointing if you enabled it.
-    Afterwards each module's mode, the random state and every `requires_grad` are as they were; `.grad` of what was trained is None.
+    Afterwards each module's mode, the random state and every `requires_grad` are as they were; `.grad` of what was trained is None,
+    and `adapter.calibrated` is empty, since how far c can go is to be measured anew.
     The same seed, versions, machine and threads give the same weights. An exception or Ctrl-C leaves the best weights so far.
 
     Raises, before the first step, RuntimeError or ValueError for what would train nothing or the wrong thing: an adapter that is
@@ -84,6 +85,7 @@ def train_steering(
     kept, held = (part if part is None else part.tokenised(tokenizer, eos, max_completion) for part in (kept, held))
     if not kept:
         raise ValueError("there are no pairs to train on")
+    adapter.calibrated = {}  # what was measured of the values before is not true of these: c="auto" asks for a new calibrate_c
     with as_it_was(model), only(adapter, model) as trained, torch.enable_grad():
         torch.manual_seed(seed)
         return Training(model, adapter, trained, recipe, progress).run(kept, held)
@@ -117,6 +119,8 @@ def null_control(
     shuffled = kept.balanced_shuffle(seed)
     place = adapter if isinstance(adapter, Adapter) and adapter.attached else None
     config = adapter.config if isinstance(adapter, Adapter) else adapter
+    if place is not None:
+        refuse_absent(model, place)  # before its values make room
     null = fresh(model, config, place, calibration_data, exclude_directions, seed)
     if place is None:
         null.put_on(model)
@@ -124,13 +128,14 @@ def null_control(
             return null, train_steering(model, null, shuffled, tokenizer, validation=held, keep="last", seed=seed, **training)
         finally:
             null.detach()
-    own = values(place)
-    write(place, values(null))
+    own, calibrated = values(place), dict(place.calibrated)
     try:
+        write(place, values(null))
         report = train_steering(model, place, shuffled, tokenizer, validation=held, keep="last", seed=seed, **training)
         write(null, values(place))
     finally:
         write(place, own)
+        place.calibrated = calibrated
     return null, report
 
 

@@ -56,24 +56,52 @@ def exact(Q: Float[Tensor, "n b b"]) -> Float[Tensor, "n b b"]:
 @torch.no_grad()
 def eigenvectors(Q: Float[Tensor, "n b b"]) -> Params:
     """Q^2 = -V diag(squares) V^T, so that (I - c^2 Q^2)^-1 is one diagonal for every c."""
+    Q = Q.detach()  # no_grad lets forward mode through, to eigenvalues that come in pairs: infinite derivatives
     squares, V = torch.linalg.eigh(Q.mT @ Q)
     return {"V": V, "squares": squares.clamp_min(0)}
 
 
-def solve(x: Tensor, Q: Tensor, V: Tensor, squares: Tensor, c: Tensor) -> Tensor:
-    """z with z (I - cQ) = x, z = x (I + cQ)(I - c^2 Q^2)^-1, one c per row.
+def newton(x: Tensor, Q: Tensor, V: Tensor, squares: Tensor, c: Tensor, steps: int) -> Tensor:
+    """x (I - cQ)^-1: by the eigenvectors, constants to autograd (those of a near-zero Q have no derivative), and refined.
 
-    V is a constant to autograd (eigenvectors of a near-zero Q have no derivative). A Newton step from the detached solution
-    returns the same value, refined, and its exact first derivatives; second derivatives through it are not exact.
+    Each step refines the value, in float32 at a large c, and makes one more order of derivatives exact.
     """
-    still_c, still_Q = c.detach(), Q.detach()
+    still_Q, still_c = Q.detach(), c.detach()
 
     def inverse(v: Tensor) -> Tensor:
         v = times(times(v, V) / (1 + still_c.square() * squares), V.mT)
         return v + still_c * times(v, still_Q)
 
     z = inverse(x.detach())
-    return z + inverse(x - (z - c * times(z, Q)))
+    for _ in range(steps):
+        z = z + inverse(x - (z - c * times(z, Q)))
+    return z
+
+
+class Solve(torch.autograd.Function):
+    """z with z (I - cQ) = x, one c per row. The backward is a solve with -Q by this same function: exact in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, Q: Tensor, V: Tensor, squares: Tensor, c: Tensor) -> Tensor:
+        z = newton(x, Q, V, squares, c, 1)
+        ctx.save_for_backward(z, Q, V, squares, c)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        z, Q, V, squares, c = ctx.saved_tensors
+        gx: Tensor = Solve.apply(grads[0], -Q, V, squares, c)  # type: ignore[assignment]
+        gQ = torch.einsum("...nb,...nd->nbd", c * z, gx) if ctx.needs_input_grad[1] else None
+        gc = (times(z, Q) * gx).sum((-2, -1), keepdim=True).sum_to_size(c.shape) if ctx.needs_input_grad[4] else None
+        return gx, gQ, None, None, gc
+
+
+def solve(x: Tensor, Q: Tensor, V: Tensor, squares: Tensor, c: Tensor) -> Tensor:
+    """`Solve`, also where a function with a backward of its own cannot take part: compiled graphs have first derivatives only,
+    torch.func gets two orders."""
+    if torch.compiler.is_compiling() or transforming():
+        return newton(x, Q, V, squares, c, 1 if torch.compiler.is_compiling() else 2)
+    return Solve.apply(x, Q, V, squares, c)  # type: ignore[return-value]
 
 
 def turned(x: Float[Tensor, "*batch n b"], p: Params, c: Tensor) -> Float[Tensor, "*batch n b"]:
