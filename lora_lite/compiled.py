@@ -56,6 +56,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def coefficient(dial: Dial, x: Tensor, routed: bool, path: str) -> tuple[Tensor, Tensor | None]:
     """Inside a graph being compiled: c against x (*batch, d), and where it is zero (None when c itself is trained)."""
+    refuse_export(dial, path)
     if not torch.is_grad_enabled():
         c = _coefficient(x.detach(), dial.key, routed)
         return c, c == 0
@@ -64,6 +65,16 @@ def coefficient(dial: Dial, x: Tensor, routed: bool, path: str) -> tuple[Tensor,
     if cell.requires_grad:
         return c, None
     return c, (c == 0) & _agrees(c.detach(), dial.key)
+
+
+def refuse_export(dial: Dial, path: str) -> None:
+    """A program outlives the process: traced with gradients it would keep this moment's c for good, without them it would look c
+    up by a number that is another adapter's where it is loaded (and was turned by that one, measured)."""
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            f"adapter {dial.name!r}, at {path}: an exported program can hold no c; export it merged: `with adapter.merged(c=...): "
+            "torch.export.export(...)` (a history by history.to_adapter() first), or detach it"
+        )
 
 
 def notice_hooks() -> None:

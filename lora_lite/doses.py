@@ -117,6 +117,7 @@ class DoseDial(Dial):
 
     def traced(self, x: Tensor, n: int, routed: bool, path: str) -> tuple[list[Tensor], bool]:
         """Inside a graph being compiled: the n doses against x (*batch, d), and whether one of them is trained."""
+        compiled.refuse_export(self, path)
         if not torch.is_grad_enabled():
             return list(_doses(x.detach(), self.key, n, routed).split(1, dim=-1)), False
         cell = self.here.slot.tensor

@@ -262,3 +262,22 @@ def test_torch_still_has_what_is_read() -> None:
     model, _, x = setting(VARIANTS["lora"])
     counted(model)[0](x)
     assert compiled_room._compiled_code(torch._dynamo) is True
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_exported_program_holds_no_c_and_says_so(grad: bool, kept: bool) -> None:
+    """It kept the c of that moment, or looked it up by a number that is another adapter's in the process that loads it."""
+    model, x = mlp(torch.float32), normal(3, 12)
+    adapter = randomise(attach(model, VARIANTS["lora"]))
+    with torch.set_grad_enabled(grad):
+        if kept:
+            adapter.detach()
+            ll.HistoryBake(model, [(adapter, 1.0)])
+        with pytest.raises(RuntimeError, match="export it merged"):
+            torch.export.export(model, (x,))
+        if not kept:
+            with adapter.merged(c=0.5):
+                program = torch.export.export(model, (x,)).module()
+            with adapter(model, c=0.5):
+                torch.testing.assert_close(program(x), model(x))
