@@ -151,7 +151,8 @@ class Adapter:
 
     def _update(self, target: str, p: Params) -> LowRank:
         size = self._sizes[target]
-        return self.variant.factors(self.config.at(target, *size), p, Base(*size))
+        with merge.precisely(next(iter(p.values()))):
+            return self.variant.factors(self.config.at(target, *size), p, Base(*size))
 
     def __repr__(self) -> str:
         c = self._dial.setting().c

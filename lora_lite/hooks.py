@@ -84,11 +84,18 @@ class Hook:
 
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
         here = layer._parameters  # 0.04 us a read; layer.lora_A goes through Module.__getattr__, 0.8 us
-        return {field: here[name] for field, name in self.fields}  # type: ignore[misc]
+        try:
+            return {field: here[name] for field, name in self.fields}  # type: ignore[misc]
+        except KeyError:
+            if "_is_replica" in layer.__dict__:
+                raise replicated(self.path) from None
+            raise
 
     def anchored(self, layer: nn.Module, value: Tensor) -> Tensor | None:
         """At c = 0 without gradients, nothing. With them the value's own bits, and zero gradients for the adapter: a rank
         of DDP at c = 0 must take part in the reduction, and a checkpoint must save as many tensors as its recompute."""
+        if "_is_replica" in layer.__dict__:
+            raise replicated(self.path)
         if not torch.is_grad_enabled():
             return None
         first = [p.reshape(-1)[0] for name in self.trained if (p := layer._parameters[name]) is not None and p.requires_grad]
@@ -185,8 +192,9 @@ class LowRankHook(Hook):
     additive = True
 
     def apply(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
-        here = layer._parameters
-        p, x = {field: here[name] for field, name in self.fields}, self.dropped(layer, x) if self.dropout else x
+        p = self.tensors(layer)
+        if self.dropout:
+            x = self.dropped(layer, x)
         if self.variant.narrows:
             h, B, gate = self.variant.narrowed(self.cfg, p, x)
             return add_narrow(y, h.to(y.dtype), B, c, gate)  # type: ignore[union-attr, arg-type]  # under autocast x may be wider than y
@@ -209,6 +217,13 @@ class LowRankHook(Hook):
             and y.is_contiguous()
             and not watched()
         )
+
+
+def replicated(path: str) -> RuntimeError:
+    return RuntimeError(
+        f"{path} runs as a replica of nn.DataParallel, whose threads do not see the c of a `with` block, nor an adapter's parameters; "
+        "use DistributedDataParallel (torchrun or accelerate launch), or one device"
+    )
 
 
 def watched() -> bool:

@@ -43,10 +43,7 @@ class Given(NamedTuple):
 
 @torch.no_grad()
 def given(adapter: Adapter) -> Given:
-    tensors = adapter.tensors()
-    device = next(v.device for fields in tensors.values() for v in fields.values())
-    with torch.autocast(device.type, enabled=False):  # what is kept outlives the block
-        return Given(adapter, tensors, adapter.factors() if adapter.variant.form == "low-rank" else {})
+    return Given(adapter, adapter.tensors(), adapter.factors() if adapter.variant.form == "low-rank" else {})
 
 
 @torch.no_grad()

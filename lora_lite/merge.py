@@ -62,7 +62,7 @@ def measured(layer: nn.Module, hook: Hook, c: float, W: Tensor, b: Tensor | None
 
 
 def precisely(like: Tensor) -> torch.autocast:
-    """Without autocast: a weight outlives the block it was made in (14 % of an update, measured for HiRA in bfloat16)."""
+    """Without autocast: an update outlives the block it was made in (14 % of it was lost, measured for HiRA in bfloat16)."""
     return torch.autocast(like.device.type, enabled=False)
 
 

@@ -373,6 +373,21 @@ def test_statistics_keep_their_precision_under_autocast() -> None:
     assert {observer.dtype for observer in seen.values()} == {torch.float32}
 
 
+def test_gradients_are_taken_in_under_no_autocast() -> None:
+    class Dtype:
+        def update(self, x: Tensor, gradient: Tensor) -> None:
+            self.dtype = (x.float() @ x.float().T).dtype
+
+    model = models.mlp()
+    layers = {name: m for name, m in model.named_modules() if name.endswith("down")}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (X @ X.T).dtype is torch.bfloat16
+        calibration.stream_gradients(
+            model, layers, dict.fromkeys(layers, seen := Dtype()), [X], lambda output, batch: output.square().mean()
+        )
+    assert seen.dtype is torch.float32
+
+
 def test_other_adapters_take_part() -> None:
     """A round of steering is calibrated on the model that the earlier rounds left."""
     model = models.mlp()

@@ -34,3 +34,27 @@ def test_directions_are_not_excluded_in_silence() -> None:
 def test_an_array_is_told_how_to_become_a_tensor() -> None:
     with pytest.raises(TypeError, match=r"torch\.as_tensor"):
         check_float(np.array([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("variant", ["lora", "oft", "vera"])
+def test_a_replica_of_data_parallel_is_refused_by_name(variant: str) -> None:
+    """Its threads would see neither the c of a block nor the adapter's parameters. torch.nn.parallel.replicate needs GPUs."""
+    model, x = mlp(), normal(3, 12)
+    adapter = attach(model, VARIANTS[variant], targets="up")
+    original = next(m for n, m in model.named_modules() if n.endswith("0.up"))
+    layer = original._replicate_for_data_parallel()
+    for name, p in original.named_parameters():
+        setattr(layer, name, p.detach())  # not a Parameter: a part of the broadcast
+    for c in (1.0, 0.0):
+        adapter.c = c
+        with torch.no_grad(), pytest.raises(RuntimeError, match="DistributedDataParallel"):
+            layer(x)
+
+
+def test_factors_asked_for_under_autocast_are_not_rounded() -> None:
+    adapter = randomise(attach(mlp(), VARIANTS["lora-xs"]))
+    plain = adapter.factors()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = adapter.factors()
+    for target, update in plain.items():
+        assert torch.equal(update.B, found[target].B)

@@ -84,7 +84,7 @@ class Graph:
         if not isinstance(value, Tensor) or value.numel() != 1 or not bool(torch.isfinite(value).all()):
             raise ValueError(f"the loss must be one finite number in a tensor, got {value!r}")
         gradients = torch.autograd.grad(value.reshape(()), [y for _, _, y in self.calls], allow_unused=True)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(value.device.type, enabled=False):  # statistics keep their own precision
             for (name, x, _), gradient in zip(self.calls, gradients, strict=True):
                 if gradient is not None:
                     self.reached.add(name)
