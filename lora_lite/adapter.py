@@ -239,7 +239,8 @@ class Adapter:
     def __call__(self, model: nn.Module | None = None, c: CValue = 1.0) -> AbstractContextManager[Any]:
         """`with adapter(model, c=-1.5):` c in force for the block, in this context only; attached for the block if it is not.
 
-        c is a number, () or (B,) one per row, or (B, T) one per token of a full forward;
+        c is a number, () or (B,) one per row, or (B, T) one per token of a full forward (a tensor is looked at when it is set:
+        give a new one, do not write into it);
         "auto" or "-auto", the largest c that `ll.calibrate_c` found coherent on either side;
         a mapping, by layer: {r"layers\\.3\\.": 2.0, "": 1.0}, regexes searched in the target's name, the first one found wins;
         a schedule, by position: lambda position: 1.5 * (position >= 10), given whole numbers (B, T), the text's first token 0.
