@@ -73,7 +73,7 @@ def test_build_has_the_options_of_the_library(run: Run, given: list[ll.Adapter],
         (["--budget-bytes", "6000"], of(given, budget_bytes=6000)),
         (["-k", "4", "--bits", "8"], of(given, num_components=4).quantize(8)),
     ):
-        status, found, err = run("build", *paths, "--out", "tasks", *ids, *options)
+        status, found, err = run("build", *paths, "--out", "tasks", *ids, *options, "--force")
         assert status == 0, err
         sub = ll.SharedSubspace.load("tasks")
         assert sub.tasks == ["x/y", "..", "任务", "p", "q"] and found["bytes"] == sub.nbytes == want.nbytes
@@ -141,6 +141,49 @@ def test_diff_compares_adapters_files_folders_and_tasks(run: Run, given: list[ll
     assert found["cosine"] == pytest.approx(float(torch.cosine_similarity(a, b, dim=0)), abs=1e-6)
     family(1, modules=("other",))[0].save(tmp_path / "other.safetensors")
     assert run("diff", paths[0], "other.safetensors")[1]["only_in_second"] == ["other"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["build", "a0.safetensors", "a1.safetensors", "--out", "a1.safetensors", "--force"], "a1.safetensors is read by this command"),
+        (["build", "a0.safetensors", "a3", "--out", "a3/adapter_model.safetensors", "--force"], "adapter_model.safetensors is read by"),
+        (["build", "a0.safetensors", "link.safetensors", "--out", "a1.safetensors", "--force"], "is read by this command"),
+        (["build", "a0.safetensors", "a2.safetensors", "--out", "a1.safetensors"], "--out a1.safetensors: a1.safetensors exists"),
+        (["build", "a0.safetensors", "a2.safetensors", "--out", "a3"], "--out a3: it is a folder"),
+        (["build", "a0.safetensors", "--out", "a1.safetensors/in/it"], "a1.safetensors is a file"),
+        (["add", "tasks", "a2.safetensors", "--out", "a2.safetensors", "--force"], "is read by this command"),
+        (["add", "tasks", "a2.safetensors", "--out", "a1.safetensors"], "--out a1.safetensors: a1.safetensors exists"),
+        (["export", "tasks", "--task", "a0", "--out", "a3"], "--out a3: a3/adapter_config.json exists"),
+        (["export", "tasks", "--out", "a0.safetensors"], "a0.safetensors is a file"),
+    ],
+)
+def test_what_the_user_has_is_not_replaced_unasked(words: list[str], said: str, run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    laid_out(given, tmp_path)
+    (tmp_path / "link.safetensors").symlink_to("a1.safetensors")
+    of(given[:2], task_ids=["a0", "a1"]).save("tasks")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    status, _, err = run(*words)
+    assert status == 2 and said in err and "Traceback" not in err, err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_what_there_is_is_replaced_when_asked(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    laid_out(given, tmp_path)
+    assert run("build", "a0.safetensors", "a2.safetensors", "--out", "a1.safetensors", "--force")[0] == 0
+    assert run("add", "a1.safetensors", "a3", "--out", "a1.safetensors")[0] == 0  # into itself, as without --out
+    assert ll.SharedSubspace.load("a1.safetensors").tasks == ["a0", "a2", "a3"]
+    assert run("export", "a1.safetensors", "--task", "a0", "--out", "a3", "--force")[0] == 0
+    assert relative_error(given[0], ll.SharedSubspace.load("a1.safetensors").reconstruct("a0")) < 1
+
+
+def test_a_folder_that_takes_no_file_is_told_before_the_work(
+    run: Run, given: list[ll.Adapter], tmp_path: Path, closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = laid_out(given, tmp_path)
+    monkeypatch.setattr(ll.SharedSubspace, "from_adapters_streaming", lambda *_, **__: pytest.fail("the work was done"))
+    status, _, err = run("build", *paths, "--out", str(closed / "tasks"))
+    assert status == 2 and f"no file can be made in {closed}" in err and "tmp" not in err.replace(str(tmp_path), "")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
+from lora_lite.cli.outputs import check_file, check_peft_folders
 from lora_lite.peft_format.folder import CONFIG, read_folder
 
 OURS = ".safetensors"  # how a target ends that is to be a file of ours; any other is a PEFT folder
@@ -26,6 +27,7 @@ class Conversion:
     r: int | None = None
     model: str | None = None
     part: str | None = None
+    force: bool = False
 
 
 def convert(job: Conversion) -> dict[str, Any]:
@@ -71,6 +73,10 @@ def check(job: Conversion) -> None:
         )
     if job.part is not None and not is_folder(job.source):
         raise UserError(f"--part {job.part}: of an IA3 folder of PEFT; {job.source} is none")
+    if is_ours(job.target):
+        check_file(f"{job.source} -> {job.target}", job.target, [job.source], job.force)
+    else:
+        check_peft_folders(f"{job.source} -> {job.target}", [job.target], [job.source], job.force)
 
 
 def is_folder(path: Path) -> bool:

@@ -13,6 +13,7 @@ from lora_lite.cli import report
 from lora_lite.cli.errors import asked_by_user
 from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, machine, need_matplotlib, respond, writing_model
 from lora_lite.cli.options import SWEPT, cs_of
+from lora_lite.cli.outputs import check_writable
 from lora_lite.cli.pairs import read_pairs
 from lora_lite.cli.traits import Judge
 
@@ -133,6 +134,7 @@ def sweep(job: Sweep) -> dict[str, Any]:
 def make(out: Path) -> None:
     with asked_by_user(f"--out {out}", OSError):
         out.mkdir(parents=True, exist_ok=True)
+    check_writable(f"--out {out}", out)
 
 
 def saved(model: Any, path: Path) -> ll.Adapter:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.cli.options import JSON
+from lora_lite.cli.outputs import Force, check_file, check_peft_folders
 from lora_lite.subspace import Update, source_of
 
 app = typer.Typer(name="subspace", no_args_is_help=True, help="Many adapters of one base as one shared basis and a few numbers each.")
@@ -60,6 +61,7 @@ def build(
     budget_bytes: Annotated[int | None, typer.Option(min=1, help="Directions where they explain most, until this is spent.")] = None,
     missing: Annotated[Missing, typer.Option(help="Layers that are not in every adapter.")] = Missing.error,
     bits: Annotated[int | None, typer.Option(help="8 or 4: quantise the result.")] = None,
+    force: Force = False,
     as_json: JSON = False,
 ) -> None:
     """Find what adapters share, one layer of all of them in memory at a time."""
@@ -67,6 +69,7 @@ def build(
         raise UserError(f"--bits {bits}: it must be 8 or 4")
     if num_components is not None and budget_bytes is not None:
         raise UserError("give -k or --budget-bytes, not both: a budget chooses k itself")
+    check_file(f"--out {out}", out, adapters, force)
     with refusals(), progress("layers", "layer") as step:
         sub = ll.SharedSubspace.from_adapters_streaming(
             adapters, ids, num_components, space=space.value, coefficients=coefficients.value, variance_threshold=variance_threshold,
@@ -93,6 +96,7 @@ def add(
     ids: Names = None,
     project: Annotated[bool, typer.Option("--project", help="Leave the bases as they are; what they do not hold is lost.")] = False,
     out: Out = None,
+    force: Force = False,
     as_json: JSON = False,
 ) -> None:
     """Take in further adapters. The bases turn to make room for them; old tasks lose no more than `info` then says."""
@@ -100,6 +104,8 @@ def add(
     names = ids or [a.name if a.is_dir() else a.stem for a in adapters]
     if len(names) != len(adapters):
         raise UserError(f"{len(names)} --id for {len(adapters)} adapters")
+    into_itself = out is None or out.resolve() == file.resolve()  # as --help says
+    check_file(f"{file}" if out is None else f"--out {out}", out or file, adapters, force or into_itself)
     coverage = {}
     with refusals():
         for name, adapter in zip(names, tqdm(adapters, desc="adding", unit="adapter", delay=1.0), strict=True):
@@ -115,14 +121,16 @@ def export(
     file: File,
     out: Annotated[Path, typer.Option(help="A folder; each task becomes a PEFT folder task_<n> in it, or --task the folder itself.")],
     task: Annotated[str | None, typer.Option(help="Only this one.")] = None,
+    force: Force = False,
     as_json: JSON = False,
 ) -> None:
     """Tasks back to PEFT folders. Ids are never used as file names: the answer says which folder is whose."""
     sub = opened(file)
+    folders = {task: out} if task is not None else {name: out / f"task_{i}" for i, name in enumerate(sub.tasks)}
+    check_peft_folders(f"--out {out}", list(folders.values()), [file], force)
     written = {}
     with refusals():
-        for i, name in enumerate(tqdm([task] if task is not None else sub.tasks, desc="exporting", unit="task", delay=1.0)):
-            folder = out if task is not None else out / f"task_{i}"
+        for name, folder in tqdm(folders.items(), desc="exporting", unit="task", delay=1.0):
             ll.to_peft(sub.reconstruct(name), folder)
             written[name] = str(folder)
     tell({"file": str(file), "folders": written}, as_json)
