@@ -58,7 +58,7 @@ def test_every_command_speaks_to_people_too(run: Run, given: list[ll.Adapter], t
     assert "num tasks" in run("build", *paths[:4], "--out", "tasks", plain=True)[1]
     assert "space" in run("info", "tasks", plain=True)[1]
     assert "covered_before" in run("add", "tasks", paths[4], plain=True)[1]
-    assert "nothing is shared" in (text := run("diagnose", "tasks", plain=True)[1]) or "share directions" in text
+    assert "nothing is shared" in (text := run("diagnose", "tasks", *paths, plain=True)[1]) or "share directions" in text
     assert "bases are orthonormal" in run("validate", "tasks", plain=True)[1]
     assert "cosine" in run("diff", paths[0], paths[1], plain=True)[1]
     assert "folders" in run("export", "tasks", "--out", "peft", plain=True)[1]
@@ -119,7 +119,10 @@ def test_diagnose_answers_per_layer(run: Run, given: list[ll.Adapter], tmp_path:
     status, found, _ = run("diagnose", "tasks", *paths)
     assert status == 0 and found["layers_that_share"] == "2 of 2"
     assert all(layer["originals"] and layer["left_out"] > layer["chance"] for layer in found["layers"].values())
-    assert not any(layer["originals"] for layer in run("diagnose", "tasks")[1]["layers"].values())
+    found = run("diagnose", "tasks")[1]
+    assert found["layers_that_share"].startswith("0 of 0; no verdict on 2: name the original adapters behind tasks")
+    assert all(layer["shares"] is None and "no verdict" in layer["verdict"] for layer in found["layers"].values())
+    assert "no verdict" in run("diagnose", "tasks", plain=True)[1]
 
 
 def test_validate_holds_the_tasks_against_their_originals(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:

@@ -143,7 +143,9 @@ def diagnose(
     seed: Annotated[int, typer.Option(help="Of the chance that sharing is compared with.")] = 0,
     as_json: JSON = False,
 ) -> None:
-    """Does this collection share anything, and is a shared basis the cheapest way to keep it? A verdict per layer."""
+    """Does this collection share anything, and is a shared basis the cheapest way to keep it? A verdict per layer.
+
+    Of layers that were truncated only the originals can tell: without them there is no verdict."""
     sub = opened(file)
     if adapters and len(adapters) != len(sub.tasks):
         raise UserError(f"{len(adapters)} adapters for the {len(sub.tasks)} tasks of {file}: {', '.join(sub.tasks[:5])}")
@@ -151,8 +153,11 @@ def diagnose(
     with refusals(), progress("layers", "layer") as step:
         verdicts = sub.diagnose(given, seed, progress=step)
     layers = {m: {"verdict": v.text, "shares": v.shares, **vars(v), "bytes": dict(v.bytes)} for m, v in verdicts.items()}
-    sharing = sum(v.shares for v in verdicts.values())
-    tell({"file": str(file), "layers_that_share": f"{sharing} of {len(layers)}", "layers": layers}, as_json)
+    judged = [v.shares for v in verdicts.values() if v.shares is not None]
+    sharing = f"{sum(judged)} of {len(judged)}"
+    if unknown := len(layers) - len(judged):
+        sharing += f"; no verdict on {unknown}: name the original adapters behind {file}, in the order of its tasks"
+    tell({"file": str(file), "layers_that_share": sharing, "layers": layers}, as_json)
 
 
 @app.command()
@@ -290,5 +295,5 @@ def lines(found: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
             yield f"{'  ' * depth}{key}"
             yield from lines(value, depth + 1)
         else:
-            shown = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
+            shown = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
             yield f"{'  ' * depth}{str(key).replace('_', ' '):{max(1, 34 - 2 * depth)}} {shown}"
