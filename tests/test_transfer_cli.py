@@ -94,6 +94,8 @@ def test_the_report_as_json(run: Any) -> None:
         ({"out": "adapter.safetensors"}, ["--out adapter.safetensors", "is read by this command"]),
         ({"out": "text.txt"}, ["--out text.txt", "is read by this command"]),
         ({"out": "short.txt", "force": None}, ["--out short.txt: short.txt exists", "--force"]),
+        ({"device": "foo", "source": "absent-model"}, ["--device foo: nothing can be computed there; here there are cpu"]),
+        ({"device": "meta"}, ["--device meta"]),
         ({"roles": "some"}, ["--roles some", "writers"]),
         ({"layer_map": "width"}, ["--layer-map width", "cka"]),
         ({"min_r2": "1"}, ["no module can be moved", "min_r2"]),
@@ -106,6 +108,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(options: dict[str, str], said: 
     assert status == 2 and out == "" and "Traceback" not in err, (out, err)
     for piece in said:
         assert piece in err
+    assert err.count("\n") == 1 or "device" not in options
 
 
 def test_one_batch_of_rows_is_padded_and_masked() -> None:

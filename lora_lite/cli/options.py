@@ -51,7 +51,20 @@ def typed() -> str:
 
 
 def place(device: str | None) -> str:
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that was asked for, else the best there is. Raises UserError where a tensor cannot be put on it, before anything is."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        works = torch.ones(1, device=device).tolist() == [1.0]  # the device "meta" has no numbers to give back
+    except (RuntimeError, AssertionError, ImportError, ValueError):  # what torch says takes lines, and names C++ files
+        works = False
+    if not works:
+        raise UserError(f"--device {device}: nothing can be computed there; here there are {', '.join(devices())}")
+    return device
+
+
+def devices() -> list[str]:
+    return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["mps"] * torch.backends.mps.is_available()]
 
 
 def cs_of(text: str) -> list[float]:

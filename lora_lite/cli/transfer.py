@@ -45,12 +45,12 @@ def transfer(
     if not out.parent.is_dir() or out.is_dir():
         raise UserError(f"--out {out}: expected a file in a folder that exists")
     check_file(f"--out {out}", out, [adapter, text], force)
-    written = read_text(text)
+    written, where = read_text(text), place(device)
     speak()
     from lora_lite.cli.language import language_model  # transformers takes seconds to import
 
-    here, words = language_model(source, place(device), "--source")
-    there, other_words = language_model(target, place(device), "--target")
+    here, words = language_model(source, where, "--source")
+    there, other_words = language_model(target, where, "--target")
     rows = batches(words, other_words, written, tokens, length, text)
     with asked_by_user(f"{adapter}", OSError, ValueError, RuntimeError, KeyError):
         given = ll.from_peft(here, adapter) if adapter.is_dir() else ll.load(here, adapter)
