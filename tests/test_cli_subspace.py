@@ -192,6 +192,15 @@ def test_a_folder_that_takes_no_file_is_told_before_the_work(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["build", "in/kind.safetensors", "in/kind.safetensors", "--out", "t"], "repeated: ['kind']. Give --id once per adapter"),
+        (["build", "a0.safetensors", "wide.safetensors", "--out", "t"], "--missing zero or common allows that"),
+        (["build", "a0.safetensors", "a1.safetensors", "--out", "t", "--id", "x"], "1 --id for 2 adapters"),
+        (["build", "a0.safetensors", "a1.safetensors", "--out", "t", "--budget-bytes", "9"], "--budget-bytes 9 does not hold"),
+        (["add", "tasks", "wide.safetensors"], "build with --missing zero allows that"),
+        (["add", "int8", "a2.safetensors"], "--project works as it is, or build it again without --bits"),
+        (["add", "diag", "a2.safetensors"], "--project, or build with --coefficients core"),
+        (["diagnose", "flat"], "build with --space feature"),
+        (["export", "tasks", "--task", "nobody", "--out", "x"], "lora-lite: no task 'nobody' here"),
         (["info", "nothing"], "nothing"),
         (["info", "a0.safetensors"], "It is an adapter"),
         (["build", "a0.safetensors", "a0.safetensors", "--out", "t"], "repeated"),
@@ -208,6 +217,12 @@ def test_a_mistake_is_one_line_and_status_2(words: list[str], said: str, run: Ru
     laid_out(given, tmp_path)
     odd = ll.attach(mlp(), ll.IA3Config(targets="up"))
     odd.save(tmp_path / "odd.safetensors")
-    of(given[:2], task_ids=["a0", "a1"]).save("tasks")
+    given[0].save(tmp_path / "in" / "kind.safetensors")
+    family(1, modules=("other",))[0].save(tmp_path / "wide.safetensors")
+    two = lambda **how: of(given[:2], task_ids=["a0", "a1"], **how)  # noqa: E731
+    for name, sub in {"tasks": two(), "int8": two().quantize(8), "diag": two(coefficients="diag"), "flat": two(space="flat")}.items():
+        sub.save(name)
     status, _, err = run(*words)
-    assert status == 2 and said in err and "Traceback" not in err
+    assert status == 2 and said in err and "Traceback" not in err and "lora-lite subspace" not in err
+    for python in ("task_ids", "missing=", "dtype=", "budget_bytes", "()", 'space="', 'coefficients="', '"no task'):
+        assert python not in err

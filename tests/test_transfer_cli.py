@@ -34,6 +34,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in (("source", source), ("target", rotated(source)), ("other", source)):
         model.save_pretrained(folder / name)
         (tiny_lm.train_tokenizer(Corpus(PROSE[::2], ("y",)), 270) if name == "other" else tokenizer).save_pretrained(folder / name)
+    config.hidden_size, config.intermediate_size = 48, 96
+    big = LlamaForCausalLM(config)
+    refill(big, seed=0)
+    big.save_pretrained(folder / "big")
+    tokenizer.save_pretrained(folder / "big")
     adapter = trained(source)
     adapter.save(folder / "adapter.safetensors")
     ll.to_peft(adapter, folder / "peft")
@@ -94,6 +99,7 @@ def test_the_report_as_json(run: Any) -> None:
         ({"out": "adapter.safetensors"}, ["--out adapter.safetensors", "is read by this command"]),
         ({"out": "text.txt"}, ["--out text.txt", "is read by this command"]),
         ({"out": "short.txt", "force": None}, ["--out short.txt: short.txt exists", "--force"]),
+        ({"source": "big"}, ["lora-lite: adapter.safetensors does not fit", "expected (4, 48)"]),
         ({"device": "foo", "source": "absent-model"}, ["--device foo: nothing can be computed there; here there are cpu"]),
         ({"device": "meta"}, ["--device meta"]),
         ({"roles": "some"}, ["--roles some", "writers"]),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lora_lite as ll
-from lora_lite.cli.errors import UserError, asked_by_user
+from lora_lite.cli.errors import UserError, asked_by_user, spoken
 from lora_lite.cli.outputs import check_file, check_peft_folders
 from lora_lite.peft_format.folder import CONFIG, read_folder
 
@@ -39,9 +39,9 @@ def convert(job: Conversion) -> dict[str, Any]:
             lost = write(job, adapter)
     except RuntimeError as error:
         needs = "" if job.model else "; here: --model PATH_OR_HUB_ID of the base"
-        raise UserError(f"{job.source} -> {job.target}: {spoken(error)}{needs}") from error
+        raise UserError(f"{job.source} -> {job.target}: {spoken(error, WORDS)}{needs}") from error
     except UserError as error:
-        raise UserError(spoken(error)) from error
+        raise UserError(spoken(error, WORDS)) from error
     return {
         "from": str(job.source), "to": str(job.target), "variant": adapter.variant.name, "layers": len(adapter.targets),
         "numbers": adapter.num_parameters(), "c": None if is_ours(job.target) else dose(job), "model": job.model,
@@ -109,14 +109,6 @@ def write(job: Conversion, adapter: ll.Adapter) -> dict[str, float]:
         adapter.save(job.target)
         return {}
     return ll.to_peft(adapter, job.target, dose(job), as_lora=job.as_lora, approximate=job.approximate, r=job.r)
-
-
-def spoken(error: Exception) -> str:
-    """The library's words for its arguments as the command line's."""
-    text = str(error)
-    for ours, theirs in WORDS.items():
-        text = text.replace(ours, theirs)
-    return text
 
 
 def readable(s: dict[str, Any]) -> str:

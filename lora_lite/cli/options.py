@@ -16,7 +16,9 @@ from loguru import logger
 from tqdm import tqdm
 
 import lora_lite as ll
+from lora_lite.checkpoint import check_place
 from lora_lite.cli.errors import UserError, asked_by_user
+from lora_lite.peft_format.folder import CONFIG
 
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Base = Annotated[str, typer.Option("--model", help="Folder or hub id of a causal model.", show_default=False)]
@@ -48,6 +50,16 @@ def tell(found: dict[str, Any], readable: Callable[[dict[str, Any]], str], as_js
 
 def typed() -> str:
     return shlex.join(["lora-lite", *sys.argv[1:]])
+
+
+def check_adapter_file(option: str, path: Path, model: str) -> None:
+    """Before a model is read. Raises UserError for what is none; a PEFT folder becomes one by a command that it names."""
+    if (path / CONFIG).is_file():
+        raise UserError(
+            f"{option} {path}: it is a PEFT folder; lora-lite convert {path} NAME.safetensors --model {model} makes a file of it"
+        )
+    with asked_by_user(f"{option} {path}", ll.CheckpointError, OSError):
+        check_place(path)
 
 
 def place(device: str | None) -> str:

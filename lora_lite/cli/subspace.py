@@ -30,6 +30,19 @@ Out = Annotated[Path | None, typer.Option(help="Where the result goes.  [default
 Names = Annotated[list[str] | None, typer.Option("--id", help="The task ids, once per adapter; left out, the names of files or folders.")]
 Threshold = Annotated[float, typer.Option(min=1e-9, max=1, help="Share of |dW|^2 that each layer keeps.")]
 
+# The library's words for its arguments, and the command line's.
+WORDS = {
+    "Give task_ids=": "Give --id once per adapter", "task_ids for": "--id for", 'missing="zero" or "common"': "--missing zero or common",
+    'missing="zero" allows that': "build with --missing zero allows that", "budget_bytes=": "--budget-bytes ",
+    "to(dtype=torch.float32) first, quantize() afterwards; project() and add_task() work as it is":
+        "--project works as it is, or build it again without --bits",
+    'coefficients="diag"': "--coefficients diag",
+    'project() and add_task(), or build "core"': "--project, or build with --coefficients core",
+    "remove_task it first, or give another id": "give another --id", "diagnose() measures": "diagnose measures",
+    'space="flat"': "--space flat", 'space="feature"': "--space feature",
+    "adapter.fingerprint = None": "in Python, adapter.fingerprint = None",
+}  # fmt: skip
+
 
 class Space(StrEnum):
     feature = "feature"
@@ -209,7 +222,7 @@ def diff(
 
 def refusals() -> Any:
     """What the library refuses was asked by the user."""
-    return asked_by_user("lora-lite subspace", ValueError, TypeError, KeyError, OSError)
+    return asked_by_user("", ValueError, TypeError, KeyError, OSError, words=WORDS)
 
 
 @contextmanager

@@ -283,7 +283,8 @@ def having(state: State, task_id: str) -> dict[str, Layer]:
 
 def file_names(paths: Sequence[PathLike]) -> list[str]:
     stems = [Path(p).name if Path(p).is_dir() else Path(p).stem for p in paths]
-    return stems if len(set(stems)) == len(stems) else [Path(p).resolve().parent.name for p in paths]
+    folders = [Path(p).resolve().parent.name for p in paths]
+    return folders if len(set(stems)) < len(stems) == len(set(folders)) else stems
 
 
 def default_names(adapters: Sequence[Adapter | PathLike]) -> list[str]:
