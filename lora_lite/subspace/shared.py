@@ -244,8 +244,8 @@ class SharedSubspace:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SharedSubspace:
         """Bases and coefficients onto a device, in a dtype; a dtype also undoes `quantize`. Returns self."""
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating torch.dtype, got {dtype}; quantize(bits=8) makes integers")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating torch.dtype such as torch.float32, got {dtype!r}; quantize(bits=8) makes integers")
         with self._writing:
             self._state = change.moved(self._state, None if device is None else torch.device(device), dtype)
         return self
