@@ -225,7 +225,7 @@ def test_the_readme_runs_as_it_stands(tmp_path: Path):
 @pytest.mark.parametrize("blocks_of_the_model", [4, 5, 12, 16, 24, 28, 32, 48, 64])
 def test_the_readme_dials_a_layer_that_its_adapter_is_on(blocks_of_the_model: int):
     example, *more = blocks("README.md")
-    low, high = map(float, re.search(r"layer_range=\(([\d.]+), ([\d.]+)\)", example)[1:])  # type: ignore[index]
-    pattern = re.search(r'c=\{r"(layers.+?)": ', "\n".join(more))[1]  # type: ignore[index]
-    inside = [i for i in range(blocks_of_the_model) if low * blocks_of_the_model <= i < high * blocks_of_the_model]
+    ((low, high),) = re.findall(r"layer_range=\(([\d.]+), ([\d.]+)\)", example)
+    (pattern,) = re.findall(r'c=\{r"(layers.+?)": ', "\n".join(more))
+    inside = [i for i in range(blocks_of_the_model) if float(low) * blocks_of_the_model <= i < float(high) * blocks_of_the_model]
     assert any(re.search(pattern, f"model.layers.{i}.mlp.up_proj") for i in inside)
