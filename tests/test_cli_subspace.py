@@ -53,6 +53,15 @@ def test_build_takes_files_and_peft_folders(run: Run, given: list[ll.Adapter], t
         assert relative_error(a, sub.reconstruct(t)) <= found["error_at_most"][t] * (1 + 1e-4) + 1e-6
 
 
+def test_build_says_when_the_result_is_larger_than_what_it_was_given(run: Run, tmp_path: Path) -> None:
+    for i, one in enumerate(family(2, r=1, d_in=200, d_out=200, noise=1.0)):
+        one.save(tmp_path / f"{i}.safetensors")
+    found = run("build", "0.safetensors", "1.safetensors", "--out", "tasks", "--variance-threshold", "1")[1]
+    assert found["file_bytes"] > found["given_bytes"] and f"{found['file_bytes'] - found['given_bytes']:,} bytes larger" in found["note"]
+    found = run("build", "0.safetensors", "1.safetensors", "--out", "less", "--variance-threshold", "1", "--bits", "4")[1]
+    assert found["file_bytes"] < found["given_bytes"] and "note" not in found
+
+
 def test_every_command_speaks_to_people_too(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
     paths = laid_out(given, tmp_path)
     assert "num tasks" in run("build", *paths[:4], "--out", "tasks", plain=True)[1]

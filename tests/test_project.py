@@ -226,6 +226,6 @@ def test_the_readme_runs_as_it_stands(tmp_path: Path):
 def test_the_readme_dials_a_layer_that_its_adapter_is_on(blocks_of_the_model: int):
     example, *more = blocks("README.md")
     ((low, high),) = re.findall(r"layer_range=\(([\d.]+), ([\d.]+)\)", example)
-    (pattern,) = re.findall(r'c=\{r"(layers.+?)": ', "\n".join(more))
+    (pattern,) = re.findall(r'c=\{r"(.+?)": ', "\n".join(more))
     inside = [i for i in range(blocks_of_the_model) if float(low) * blocks_of_the_model <= i < float(high) * blocks_of_the_model]
     assert any(re.search(pattern, f"model.layers.{i}.mlp.up_proj") for i in inside)

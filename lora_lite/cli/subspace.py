@@ -28,7 +28,7 @@ File = Annotated[Path, typer.Argument(help="A file of SharedSubspace.save.", sho
 Adapters = Annotated[list[Path], typer.Argument(help="Adapter files of lora_lite, or PEFT LoRA folders.", show_default=False)]
 Out = Annotated[Path | None, typer.Option(help="Where the result goes.  [default: back into FILE]", show_default=False)]
 Names = Annotated[list[str] | None, typer.Option("--id", help="The task ids, once per adapter; left out, the names of files or folders.")]
-Threshold = Annotated[float, typer.Option(min=1e-9, max=1, help="Share of |dW|^2 that each layer keeps.")]
+Threshold = Annotated[float, typer.Option(min=1e-9, max=1, help="Share of |dW|^2 that each layer keeps; 0.6 as in vlora.")]
 
 # The library's words for its arguments, and the command line's.
 WORDS = {
@@ -91,7 +91,10 @@ def build(
         if bits is not None:
             sub.quantize(bits)
         sub.save(out)
-    tell({**described(sub, out), "given_bytes": sum(map(size_of, adapters))}, as_json)
+    found = {**described(sub, out), "given_bytes": sum(map(size_of, adapters))}
+    larger = found["file_bytes"] - found["given_bytes"]
+    note = f"the file is {larger:,} bytes larger than the adapters: keep those, or give fewer directions (-k, --budget-bytes) or --bits"
+    tell(found | {"note": note} if larger > 0 else found, as_json)
 
 
 @app.command()
