@@ -95,8 +95,9 @@ def check_calibration(config: AdapterConfig, variant: type[Variant], data: Any, 
     if loss is not None and variant.observes != "gradients":
         raise ValueError(f"variant {config.variant!r} reads no gradients; leave loss out")
     if data is None and (variant.calibration == "required" or variant.needs_calibration(config)):
+        asked = f" for {config.chosen()}" if config.chosen() else ""
         raise ValueError(
-            f"variant {config.variant!r} needs calibration data for {config.chosen()}: attach(model, config, calibration_data=...), which "
+            f"variant {config.variant!r} needs calibration data{asked}: attach(model, config, calibration_data=...), which "
             "takes batches, or activations per target"
         )
     if data is not None and variant.calibration == "no":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -75,6 +76,7 @@ def attach(
             unused = ", ".join(name for name, given in asked.items() if given)
             raise ValueError(f"a made adapter is put back as it is; for a fresh one only: {unused}")
         return config.put_on(model, name, c)
+    _check_kinds(seed, shared)
     variant = variant_of(config)
     name = check_name("default" if name is None else name)
     targets = find_targets(model, config)
@@ -106,6 +108,14 @@ def attach(
         c=rest,
     )
     return adapter.put_on(model, known_base=True)
+
+
+def _check_kinds(seed: Any, shared: Any) -> None:
+    """Of what torch, or a subspace's methods, would refuse without naming it."""
+    if not (seed is None or isinstance(seed, Integral)):
+        raise TypeError(f"seed must be a whole number, got {type(seed).__name__}: {seed!r}")
+    if not (shared is None or isinstance(shared, Bases)):
+        raise TypeError(f"shared must be a SharedSubspace, got {type(shared).__name__}: {shared!r}; ll.SharedSubspace.load(path) reads one")
 
 
 def _on_bases(

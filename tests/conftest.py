@@ -179,3 +179,12 @@ def shell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         return int(left.value.code or 0), out, err
 
     return call
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> Path:
+    """A folder that takes no file, whoever runs the tests: no mode keeps root out, but nobody can make a file in /proc."""
+    if (proc := Path("/proc")).is_dir():
+        return proc
+    (folder := tmp_path / "closed").mkdir(mode=0o500)
+    return folder

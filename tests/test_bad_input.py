@@ -126,6 +126,23 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
         r"6 of 6 targets do not fit this MLP.*layers\.0\.up",
     ),
     "a made adapter on another base": (lambda m, _: ll.attach(m, detached(seed=5)), (RuntimeError, ValueError), "another base"),  # type: ignore[dict-item]
+    "calibration missing, with defaults": (
+        lambda m, _: ll.attach(m, ll.CorDAConfig()),
+        ValueError,
+        "'corda' needs calibration data: attach",
+    ),
+    "seed = 'a'": (lambda m, _: ll.attach(m, LORA, seed="a"), TypeError, "seed must be a whole number, got str: 'a'"),  # type: ignore[arg-type]
+    "seed = 1.5": (lambda m, _: ll.attach(m, LORA, seed=1.5), TypeError, "seed must be a whole number, got float: 1.5"),  # type: ignore[arg-type]
+    "shared = a path": (
+        lambda m, _: ll.attach(m, ll.SharedConfig(), shared="tasks"),  # type: ignore[arg-type]
+        TypeError,
+        r"shared must be a SharedSubspace, got str: 'tasks'; ll\.SharedSubspace\.load",
+    ),
+    "a subspace to a dtype's name": (
+        lambda m, _: ll.SharedSubspace.from_adapters([of_one(m)]).to(dtype="float32"),  # type: ignore[arg-type]
+        ValueError,
+        "dtype must be a floating torch.dtype such as torch.float32, got 'float32'",
+    ),
     "calibration missing": (lambda m, _: ll.attach(m, SCORED), ValueError, "needs calibration data"),
     "calibration for nothing": (lambda m, _: ll.attach(m, LORA, calibration_data=[X]), ValueError, "makes no use of calibration data"),
     "calibration too small": (calibrated(cut(1)), ValueError, r"layers\.0\.up: .*at least 2 tokens.*1 of 'rej'"),
@@ -253,6 +270,7 @@ MISTYPED = {
     "a history of one adapter", "a stack of one adapter", "a history of a number", "a history of a pair", "adapters of a name",
     "load's arguments swapped", "attach's arguments swapped", "find_targets without a model", "a history on no model",
     "directions of a name", "directions of one adapter", "directions of a number", "c = a list",
+    "seed = 'a'", "seed = 1.5", "shared = a path", "a subspace to a dtype's name",
 }  # fmt: skip
 TABLE = [pytest.param(*case, id=key, marks=[pytest.mark.untyped] if key in MISTYPED else []) for key, case in CALLS.items()]
 

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import lora_lite as ll
 from lora_lite import checkpoint
@@ -878,3 +878,12 @@ def test_everything_that_does_not_fit_is_said_at_once():
         and "l.4.lora_B and 2 more; 7 keys unexpected: l.0" in message
     )
     assert "6 keys of another shape: l.0.lora_A (2, 5), expected (2, 4)" in message and "and 1 more." in message
+
+
+def test_a_folder_that_takes_no_file_is_named_as_it_was_asked_for(closed: Path) -> None:
+    adapter = ll.attach(nn.Sequential(nn.Linear(4, 4)), ll.LoRAConfig(r=2))
+    sub = ll.SharedSubspace.from_adapters([adapter])
+    for save, name in ((adapter.save, "a.safetensors"), (lambda p: ll.to_peft(adapter, p), "folder"), (sub.save, "tasks")):
+        with pytest.raises(OSError, match=f"{closed / name} cannot be written in {closed}: ") as found:
+            save(closed / name)
+        assert found.value.errno and ".tmp" not in str(found.value)

@@ -291,3 +291,32 @@ def test_what_cannot_be_converted_is_one_line(words: list[str], said: str, run: 
     status, out, err = run("convert", *words)
     assert (status, out) == (2, "") and said in err and "Traceback" not in err and err.startswith("lora-lite: "), err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "file"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["a.safetensors", "b.safetensors"], "b.safetensors exists"),
+        (["a.safetensors", "a.safetensors", "--force"], "a.safetensors is read by this command"),
+        (["a.safetensors", "folder"], "folder/adapter_config.json exists"),
+        (["folder", "folder", "--model", "absent", "--force"], "is read by this command"),
+        (["a.safetensors", "folder", "--force"], None),
+        (["a.safetensors", "b.safetensors", "--force"], None),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_convert_replaces_what_it_is_asked_to_and_never_its_source(words: list[str], said: str | None, run: Any, tmp_path: Path) -> None:
+    for i, name in enumerate(("a.safetensors", "b.safetensors")):
+        _, adapter = saved(tmp_path / name, ll.LoRAConfig(r=4 + i, targets=TARGETS))
+    ll.to_peft(adapter, tmp_path / "folder")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    status, _, err = run("convert", *words)
+    same = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert (status, same) == ((0, False) if said is None else (2, True)) and (said or "") in err and "Traceback" not in err, err
+
+
+def test_convert_into_a_folder_that_takes_no_file_is_one_line(run: Any, tmp_path: Path, closed: Path) -> None:
+    saved(tmp_path / "a.safetensors", ll.LoRAConfig(r=4, targets=TARGETS))
+    for target in ("x.safetensors", "folder"):
+        status, _, err = run("convert", "a.safetensors", str(closed / target))
+        assert status == 2 and f"no file can be made in {closed}" in err and ".tmp" not in err

@@ -226,15 +226,26 @@ GENERATE = ["generate", "--model", "lm", "--adapter", "absent.safetensors", "--p
         (["steer", "--model", "absent", *STEER[3:]], "--model absent"),
         (["steer", "--pairs", "pairs.jsonl"], "--model"),
         (["sweep", *STEER[1:], "--adapter", "absent.safetensors"], "there is no file absent.safetensors"),
+        (["sweep", *STEER[1:], "--adapter", "pairs.jsonl", "--null", "nope"], "--null nope: there is no file nope"),
+        (["sweep", *STEER[1:], "--adapter", "folder"], "lora-lite convert folder NAME.safetensors --model lm"),
+        ([*GENERATE[:3], "--adapter", "folder:1.5", "--prompt", "a"], "lora-lite convert folder NAME.safetensors --model lm"),
+        ([*STEER[:3], "--pairs", "."], "--pairs .: it is a folder"),
         (GENERATE, "there is no file absent.safetensors"),
         ([*GENERATE, "-c", "much"], "-c much: expected a number, auto or -auto"),
         ([*GENERATE, "--samples", "2"], "give a temperature"),
+        ([*GENERATE, "--device", "foo"], "--device foo: nothing can be computed there; here there are cpu"),
+        ([*GENERATE, "--device", "cuda:99"], "--device cuda:99: nothing can be computed there; here there are cpu"),
+        ([*STEER, "--device", "foo", "--out", "x"], "--device foo"),
+        (["sweep", *STEER[1:], "--adapter", "absent.safetensors", "--device", "foo"], "--device foo"),
+        (["rounds", *STEER[1:], "--device", "foo"], "--device foo"),
         (["rounds", *STEER[1:], "--rounds", "0"], "--rounds"),
         (["rounds", *STEER[1:], "--state", "pairs.jsonl", *CHEAP], "--state pairs.jsonl"),
     ],
     ids=lambda v: " ".join(v[-2:]) if isinstance(v, list) else "",
 )
-def test_a_mistake_is_told_without_a_traceback(words: list[str], said: str, run: Any) -> None:
+def test_a_mistake_is_told_without_a_traceback(words: list[str], said: str, run: Any, room: Path) -> None:
+    (room / "folder").mkdir(exist_ok=True)
+    (room / "folder" / "adapter_config.json").write_text("{}")
     status, out, err = run(*words)
     assert (status, out) == (2, "") and said in err and "Traceback" not in err, err
 

@@ -53,12 +53,21 @@ def test_build_takes_files_and_peft_folders(run: Run, given: list[ll.Adapter], t
         assert relative_error(a, sub.reconstruct(t)) <= found["error_at_most"][t] * (1 + 1e-4) + 1e-6
 
 
+def test_build_says_when_the_result_is_larger_than_what_it_was_given(run: Run, tmp_path: Path) -> None:
+    for i, one in enumerate(family(2, r=1, d_in=200, d_out=200, noise=1.0)):
+        one.save(tmp_path / f"{i}.safetensors")
+    found = run("build", "0.safetensors", "1.safetensors", "--out", "tasks", "--variance-threshold", "1")[1]
+    assert found["file_bytes"] > found["given_bytes"] and f"{found['file_bytes'] - found['given_bytes']:,} bytes larger" in found["note"]
+    found = run("build", "0.safetensors", "1.safetensors", "--out", "less", "--variance-threshold", "1", "--bits", "4")[1]
+    assert found["file_bytes"] < found["given_bytes"] and "note" not in found
+
+
 def test_every_command_speaks_to_people_too(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
     paths = laid_out(given, tmp_path)
     assert "num tasks" in run("build", *paths[:4], "--out", "tasks", plain=True)[1]
     assert "space" in run("info", "tasks", plain=True)[1]
     assert "covered_before" in run("add", "tasks", paths[4], plain=True)[1]
-    assert "nothing is shared" in (text := run("diagnose", "tasks", plain=True)[1]) or "share directions" in text
+    assert "nothing is shared" in (text := run("diagnose", "tasks", *paths, plain=True)[1]) or "share directions" in text
     assert "bases are orthonormal" in run("validate", "tasks", plain=True)[1]
     assert "cosine" in run("diff", paths[0], paths[1], plain=True)[1]
     assert "folders" in run("export", "tasks", "--out", "peft", plain=True)[1]
@@ -73,7 +82,7 @@ def test_build_has_the_options_of_the_library(run: Run, given: list[ll.Adapter],
         (["--budget-bytes", "6000"], of(given, budget_bytes=6000)),
         (["-k", "4", "--bits", "8"], of(given, num_components=4).quantize(8)),
     ):
-        status, found, err = run("build", *paths, "--out", "tasks", *ids, *options)
+        status, found, err = run("build", *paths, "--out", "tasks", *ids, *options, "--force")
         assert status == 0, err
         sub = ll.SharedSubspace.load("tasks")
         assert sub.tasks == ["x/y", "..", "任务", "p", "q"] and found["bytes"] == sub.nbytes == want.nbytes
@@ -119,7 +128,10 @@ def test_diagnose_answers_per_layer(run: Run, given: list[ll.Adapter], tmp_path:
     status, found, _ = run("diagnose", "tasks", *paths)
     assert status == 0 and found["layers_that_share"] == "2 of 2"
     assert all(layer["originals"] and layer["left_out"] > layer["chance"] for layer in found["layers"].values())
-    assert not any(layer["originals"] for layer in run("diagnose", "tasks")[1]["layers"].values())
+    found = run("diagnose", "tasks")[1]
+    assert found["layers_that_share"].startswith("0 of 0; no verdict on 2: name the original adapters behind tasks")
+    assert all(layer["shares"] is None and "no verdict" in layer["verdict"] for layer in found["layers"].values())
+    assert "no verdict" in run("diagnose", "tasks", plain=True)[1]
 
 
 def test_validate_holds_the_tasks_against_their_originals(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
@@ -146,6 +158,58 @@ def test_diff_compares_adapters_files_folders_and_tasks(run: Run, given: list[ll
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (["build", "a0.safetensors", "a1.safetensors", "--out", "a1.safetensors", "--force"], "a1.safetensors is read by this command"),
+        (["build", "a0.safetensors", "a3", "--out", "a3/adapter_model.safetensors", "--force"], "adapter_model.safetensors is read by"),
+        (["build", "a0.safetensors", "link.safetensors", "--out", "a1.safetensors", "--force"], "is read by this command"),
+        (["build", "a0.safetensors", "a2.safetensors", "--out", "a1.safetensors"], "--out a1.safetensors: a1.safetensors exists"),
+        (["build", "a0.safetensors", "a2.safetensors", "--out", "a3"], "--out a3: it is a folder"),
+        (["build", "a0.safetensors", "--out", "a1.safetensors/in/it"], "a1.safetensors is a file"),
+        (["add", "tasks", "a2.safetensors", "--out", "a2.safetensors", "--force"], "is read by this command"),
+        (["add", "tasks", "a2.safetensors", "--out", "a1.safetensors"], "--out a1.safetensors: a1.safetensors exists"),
+        (["export", "tasks", "--task", "a0", "--out", "a3"], "--out a3: a3/adapter_config.json exists"),
+        (["export", "tasks", "--out", "a0.safetensors"], "a0.safetensors is a file"),
+    ],
+)
+def test_what_the_user_has_is_not_replaced_unasked(words: list[str], said: str, run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    laid_out(given, tmp_path)
+    (tmp_path / "link.safetensors").symlink_to("a1.safetensors")
+    of(given[:2], task_ids=["a0", "a1"]).save("tasks")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    status, _, err = run(*words)
+    assert status == 2 and said in err and "Traceback" not in err, err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_what_there_is_is_replaced_when_asked(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    laid_out(given, tmp_path)
+    assert run("build", "a0.safetensors", "a2.safetensors", "--out", "a1.safetensors", "--force")[0] == 0
+    assert run("add", "a1.safetensors", "a3", "--out", "a1.safetensors")[0] == 0  # into itself, as without --out
+    assert ll.SharedSubspace.load("a1.safetensors").tasks == ["a0", "a2", "a3"]
+    assert run("export", "a1.safetensors", "--task", "a0", "--out", "a3", "--force")[0] == 0
+    assert relative_error(given[0], ll.SharedSubspace.load("a1.safetensors").reconstruct("a0")) < 1
+
+
+def test_a_folder_that_takes_no_file_is_told_before_the_work(
+    run: Run, given: list[ll.Adapter], tmp_path: Path, closed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = laid_out(given, tmp_path)
+    monkeypatch.setattr(ll.SharedSubspace, "from_adapters_streaming", lambda *_, **__: pytest.fail("the work was done"))
+    status, _, err = run("build", *paths, "--out", str(closed / "tasks"))
+    assert status == 2 and f"no file can be made in {closed}" in err and "tmp" not in err.replace(str(tmp_path), "")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["build", "in/kind.safetensors", "in/kind.safetensors", "--out", "t"], "repeated: ['kind']. Give --id once per adapter"),
+        (["build", "a0.safetensors", "wide.safetensors", "--out", "t"], "--missing zero or common allows that"),
+        (["build", "a0.safetensors", "a1.safetensors", "--out", "t", "--id", "x"], "1 --id for 2 adapters"),
+        (["build", "a0.safetensors", "a1.safetensors", "--out", "t", "--budget-bytes", "9"], "--budget-bytes 9 does not hold"),
+        (["add", "tasks", "wide.safetensors"], "build with --missing zero allows that"),
+        (["add", "int8", "a2.safetensors"], "--project works as it is, or build it again without --bits"),
+        (["add", "diag", "a2.safetensors"], "--project, or build with --coefficients core"),
+        (["diagnose", "flat"], "build with --space feature"),
+        (["export", "tasks", "--task", "nobody", "--out", "x"], "lora-lite: no task 'nobody' here"),
         (["info", "nothing"], "nothing"),
         (["info", "a0.safetensors"], "It is an adapter"),
         (["build", "a0.safetensors", "a0.safetensors", "--out", "t"], "repeated"),
@@ -162,6 +226,12 @@ def test_a_mistake_is_one_line_and_status_2(words: list[str], said: str, run: Ru
     laid_out(given, tmp_path)
     odd = ll.attach(mlp(), ll.IA3Config(targets="up"))
     odd.save(tmp_path / "odd.safetensors")
-    of(given[:2], task_ids=["a0", "a1"]).save("tasks")
+    given[0].save(tmp_path / "in" / "kind.safetensors")
+    family(1, modules=("other",))[0].save(tmp_path / "wide.safetensors")
+    two = lambda **how: of(given[:2], task_ids=["a0", "a1"], **how)  # noqa: E731
+    for name, sub in {"tasks": two(), "int8": two().quantize(8), "diag": two(coefficients="diag"), "flat": two(space="flat")}.items():
+        sub.save(name)
     status, _, err = run(*words)
-    assert status == 2 and said in err and "Traceback" not in err
+    assert status == 2 and said in err and "Traceback" not in err and "lora-lite subspace" not in err
+    for python in ("task_ids", "missing=", "dtype=", "budget_bytes", "()", 'space="', 'coefficients="', '"no task'):
+        assert python not in err

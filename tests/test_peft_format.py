@@ -686,7 +686,10 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor missing": (without(f"{FIRST}.lora_B.weight"), r"1 key missing: model\.layers\.0\.self_attn\.q_proj\.lora_B\.weight"),
     "an unknown key": (adding(f"{FIRST}.lora_C.weight", torch.zeros(2)), r"without a home: .*lora_C\.weight"),
     "a bias": (adding(f"{FIRST}.lora_B.bias", torch.zeros(64)), r"without a home: .*lora_B\.bias"),
-    "an embedding": (adding("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 128)), "without a home"),
+    "an embedding": (
+        adding("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 128)),
+        "of an embedding, and only linear layers",
+    ),
     "another model's layer": (adding("base_model.model.h.0.q.lora_A.weight", torch.zeros(4, 64)), "of no linear layer"),
     "a layer nobody named": (
         lambda folder: rewrite(folder, lambda t: t | {k.replace("q_proj", "o_proj"): v.clone() for k, v in t.items() if "q_proj" in k}),

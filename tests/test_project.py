@@ -220,3 +220,12 @@ def test_the_readme_runs_as_it_stands(tmp_path: Path):
     assert "Qwen" not in code
     printed = python(code.replace('"kind', f'"{tmp_path}/kind').replace("\\n", "\n"))
     assert "Adapter('default': lora r=16" in printed and "second" in printed
+
+
+@pytest.mark.parametrize("blocks_of_the_model", [4, 5, 12, 16, 24, 28, 32, 48, 64])
+def test_the_readme_dials_a_layer_that_its_adapter_is_on(blocks_of_the_model: int):
+    example, *more = blocks("README.md")
+    ((low, high),) = re.findall(r"layer_range=\(([\d.]+), ([\d.]+)\)", example)
+    (pattern,) = re.findall(r'c=\{r"(.+?)": ', "\n".join(more))
+    inside = [i for i in range(blocks_of_the_model) if float(low) * blocks_of_the_model <= i < float(high) * blocks_of_the_model]
+    assert any(re.search(pattern, f"model.layers.{i}.mlp.up_proj") for i in inside)

@@ -382,6 +382,28 @@ def test_the_diagnosis_tells_sharing_from_chance():
     assert not verdict.shares and "nothing is shared" in verdict.text
 
 
+def test_without_the_originals_there_is_a_verdict_only_where_nothing_is_gone():
+    strangers = [family(1, seed=s, d_in=48, d_out=40)[0] for s in range(3)]
+    for threshold, bits in ((0.9, None), (0.6, None), (0.9, 8), (1.0, 4)):
+        sub = of(strangers, variance_threshold=threshold)
+        sub = sub if bits is None else sub.quantize(bits)
+        for m, verdict in sub.diagnose().items():
+            gone = sum(squared_error_at(m, a, sub.reconstruct(t)) for a, t in zip(strangers, sub.tasks, strict=True))
+            whole = sum(float(updates(a)[m].square().sum()) for a in strangers)
+            assert verdict.shares is None and verdict.left_out is None and verdict.bytes == {} and not verdict.originals
+            assert verdict.coverage <= 1 - gone / whole + 1e-6 and "no verdict" in verdict.text and "original adapters" in verdict.text
+        assert not any(v.shares for v in sub.diagnose(dict(zip(sub.tasks, strangers, strict=True))).values())
+    for sub in (of(strangers, variance_threshold=1.0), of(strangers, variance_threshold=1.0).quantize(8)):
+        with_originals = sub.diagnose(dict(zip(sub.tasks, strangers, strict=True)))
+        for m, verdict in sub.diagnose().items():
+            assert verdict.shares is False and verdict.left_out == pytest.approx(with_originals[m].left_out, abs=0.02)
+    assert all(v.shares for v in of(family(8, noise=0.0), variance_threshold=1.0).diagnose().values())  # and sharing is still found
+
+
+def squared_error_at(module: str, given: ll.Adapter, kept: ll.Adapter) -> float:
+    return float((updates(given)[module] - updates(kept)[module]).square().sum())
+
+
 def test_the_diagnosis_names_those_of_one_seed():
     adapters = [family(1, seed=s)[0] for s in range(4)]
     twin = family(1, seed=0)[0]

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForC
 
 import lora_lite as ll
 from lora_lite.transfer.alignment import Pairs
+from lora_lite.transfer.evaluate import Evaluation
 from lora_lite.transfer.parts import Anatomy, by_depth, by_likeness
 from tests.models import generator, llama, opt, refill
 from tests.twins import batches, effect, permuted, recovered, rotated, trained, widened
@@ -517,7 +518,7 @@ def test_two_vocabularies_are_never_guessed(source: Any, adapter: ll.Adapter) ->
 
 
 def test_an_evaluation_equals_its_parts(source: Any, adapter: ll.Adapter) -> None:
-    target, data = widened(source), batches(2, seed=3)
+    target, data = widened(source), batches(2, seed=18)  # on which it gains
     moved = carry(adapter, source, target).adapter
 
     def loss(model: Any, on: ll.Adapter | None = None) -> float:
@@ -542,6 +543,23 @@ def test_an_evaluation_equals_its_parts(source: Any, adapter: ll.Adapter) -> Non
     assert "logit arithmetic" in str(found) and json.dumps(found.to_dict())
 
 
+@pytest.mark.parametrize(("source_adapted", "own"), [(5.1, 4.0), (5.0, 4.0), (5.0 - 1e-7, 4.0), (4.0, 5.3), (5.1, 5.3)])
+def test_there_is_no_share_of_a_gain_that_is_not_there(source_adapted: float, own: float) -> None:
+    found = Evaluation(
+        source=5.0, source_adapted=source_adapted, target=5.2, moved=5.15, random=5.2, arithmetic=5.0531, own=own
+    )  # moved is better than the target: of a loss that would be a negative share, of two losses a praise
+    assert (found.gain_kept is None) == (source_adapted != 4.0) and (found.recovery is None) == (own != 4.0)
+    assert found.to_dict()["note"] == found.note and str(found).endswith(found.note or "none")
+    assert ("no gain to keep" in (found.note or "")) == (source_adapted != 4.0)
+    assert ("target's own adapter gains nothing" in (found.note or "")) == (own != 4.0)
+    assert "logit arithmetic     5.0531         -" in str(found) or source_adapted == 4.0
+
+
+def test_shares_of_a_gain_have_no_note() -> None:
+    found = Evaluation(source=5.0, source_adapted=4.0, target=5.2, moved=4.7, random=5.2, arithmetic=None, own=4.2)
+    assert (found.gain_kept, found.recovery, found.note) == (pytest.approx(0.5), pytest.approx(0.5), None)
+
+
 def test_the_random_baseline_has_the_energy_of_the_moved_one(source: Any, adapter: ll.Adapter) -> None:
     from lora_lite.transfer.evaluate import random_like
 
@@ -553,7 +571,7 @@ def test_the_random_baseline_has_the_energy_of_the_moved_one(source: Any, adapte
 
 
 def test_a_loss_of_ones_own(source: Any, adapter: ll.Adapter) -> None:
-    found = ll.evaluate_transfer(source, source, adapter, adapter, batches(2), loss=lambda logits, batch: logits.double().square().mean())
+    found = ll.evaluate_transfer(source, source, adapter, adapter, batches(2), loss=lambda logits, batch: -logits.double().square().mean())
     assert found.moved == found.source_adapted and found.gain_kept == pytest.approx(1.0)
 
 

@@ -34,6 +34,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in (("source", source), ("target", rotated(source)), ("other", source)):
         model.save_pretrained(folder / name)
         (tiny_lm.train_tokenizer(Corpus(PROSE[::2], ("y",)), 270) if name == "other" else tokenizer).save_pretrained(folder / name)
+    config.hidden_size, config.intermediate_size = 48, 96
+    big = LlamaForCausalLM(config)
+    refill(big, seed=0)
+    big.save_pretrained(folder / "big")
+    tokenizer.save_pretrained(folder / "big")
     adapter = trained(source)
     adapter.save(folder / "adapter.safetensors")
     ll.to_peft(adapter, folder / "peft")
@@ -51,7 +56,7 @@ def run(shell: Any, monkeypatch: pytest.MonkeyPatch, place: Path) -> Any:
 
     def call(**options: str | None) -> tuple[int, str, str]:
         given = {"adapter": "adapter.safetensors", "source": "source", "target": "target", "text": "text.txt", "out": "out.safetensors"}
-        given |= {"device": "cpu"} | options  # type: ignore[arg-type]
+        given |= {"device": "cpu", "force": ""} | options  # type: ignore[arg-type]
         words = ["transfer", given.pop("adapter")]
         for name, value in given.items():
             words += [] if value is None else ["--" + name.replace("_", "-"), *([value] if value else [])]
@@ -91,6 +96,12 @@ def test_the_report_as_json(run: Any) -> None:
         ({"text": "bytes.txt"}, ["--text bytes.txt", "not UTF-8"]),
         ({"text": "short.txt"}, ["too few", "at least 32"]),
         ({"out": "absent/out.safetensors"}, ["--out absent/out.safetensors"]),
+        ({"out": "adapter.safetensors"}, ["--out adapter.safetensors", "is read by this command"]),
+        ({"out": "text.txt"}, ["--out text.txt", "is read by this command"]),
+        ({"out": "short.txt", "force": None}, ["--out short.txt: short.txt exists", "--force"]),
+        ({"source": "big"}, ["lora-lite: adapter.safetensors does not fit", "expected (4, 48)"]),
+        ({"device": "foo", "source": "absent-model"}, ["--device foo: nothing can be computed there; here there are cpu"]),
+        ({"device": "meta"}, ["--device meta"]),
         ({"roles": "some"}, ["--roles some", "writers"]),
         ({"layer_map": "width"}, ["--layer-map width", "cka"]),
         ({"min_r2": "1"}, ["no module can be moved", "min_r2"]),
@@ -103,9 +114,24 @@ def test_a_mistake_is_one_line_and_exit_status_2(options: dict[str, str], said: 
     assert status == 2 and out == "" and "Traceback" not in err, (out, err)
     for piece in said:
         assert piece in err
+    assert err.count("\n") == 1 or "device" not in options
 
 
 def test_one_batch_of_rows_is_padded_and_masked() -> None:
     batch = transfer.padded(list(range(1, 8)), 4, 0)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]
     assert torch.equal(batch["attention_mask"].bool(), batch["input_ids"] != 0)
+
+
+def test_a_folder_that_takes_no_file_is_told_before_the_models_are_read(run: Any, closed: Path) -> None:
+    status, _, err = run(out=str(closed / "out.safetensors"), source="absent-model")
+    assert status == 2 and f"no file can be made in {closed}" in err
+
+
+def test_a_disk_that_fails_at_the_end_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lora_lite.checkpoint.disk.os.replace", full)
+    status, _, err = run(roles="all")
+    assert status == 2 and "out.safetensors cannot be written" in err and "No space left" in err and ".tmp" not in err, err

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora_lite.checkpoint.contents import CheckpointError
@@ -36,19 +36,31 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
+@contextmanager
+def in_the_name_of(target: Path) -> Iterator[None]:
+    """What the disk refuses within the block names what was asked for, not a temporary file that nobody has heard of."""
+    try:
+        yield
+    except OSError as error:
+        told = type(error)(f"not saved: {target} cannot be written in {target.parent}: {error.strerror or error}")
+        told.errno = error.errno
+        raise told from error
+
+
 def replace(target: Path, parts: Iterable[bytes | memoryview]) -> None:
     temporary = target.with_name(TEMPORARY.format(secrets.token_hex(8)))
-    file = open(temporary, "xb")  # noqa: SIM115 (a file that could not be made here is not ours to remove)
-    try:
-        with file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with in_the_name_of(target):
+        file = open(temporary, "xb")  # noqa: SIM115 (a file that could not be made here is not ours to remove)
+        try:
+            with file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     with suppress(OSError):  # the file is in place; some systems cannot sync a folder
         sync_folder(target.parent)
 

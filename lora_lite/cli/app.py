@@ -32,6 +32,7 @@ from lora_lite.cli.options import (
     tell,
     typed,
 )
+from lora_lite.cli.outputs import Force
 
 app = typer.Typer(name="lora-lite", no_args_is_help=True, add_completion=False, help="Adapters with a dial, on unmodified models.")
 app.add_typer(subspace.app)
@@ -129,13 +130,14 @@ def convert(
         typer.Option(help="Folder or hub id of the base, where it is needed: for PEFT folders, DoRA, HRA, ...", show_default=False),
     ] = None,
     part: Annotated[str | None, typer.Option(help='Of an IA3 folder: "ia3" or "ia3_ff".', show_default=False)] = None,
+    force: Force = False,
     as_json: JSON = False,
 ) -> None:
-    """A file of ours to a PEFT folder, or a PEFT folder to a file of ours."""
+    """A file of ours to a PEFT folder, or a PEFT folder to a file of ours; a file to a file is the same adapter in the newest format."""
     from lora_lite.cli.convert import Conversion, convert, readable
 
     (speak if model else log)()
-    tell(convert(Conversion(source, target, c, as_lora, approximate, r, model, part)), readable, as_json)
+    tell(convert(Conversion(source, target, c, as_lora, approximate, r, model, part, force)), readable, as_json)
 
 
 for command in (steering.steer, steering.sweep, steering.generate, steering.rounds, transfer.transfer):

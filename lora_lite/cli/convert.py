@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import lora_lite as ll
-from lora_lite.cli.errors import UserError, asked_by_user
+from lora_lite.cli.errors import UserError, asked_by_user, spoken
+from lora_lite.cli.outputs import check_file, check_peft_folders
 from lora_lite.peft_format.folder import CONFIG, read_folder
 
 OURS = ".safetensors"  # how a target ends that is to be a file of ours; any other is a PEFT folder
@@ -26,6 +27,7 @@ class Conversion:
     r: int | None = None
     model: str | None = None
     part: str | None = None
+    force: bool = False
 
 
 def convert(job: Conversion) -> dict[str, Any]:
@@ -37,9 +39,9 @@ def convert(job: Conversion) -> dict[str, Any]:
             lost = write(job, adapter)
     except RuntimeError as error:
         needs = "" if job.model else "; here: --model PATH_OR_HUB_ID of the base"
-        raise UserError(f"{job.source} -> {job.target}: {spoken(error)}{needs}") from error
+        raise UserError(f"{job.source} -> {job.target}: {spoken(error, WORDS)}{needs}") from error
     except UserError as error:
-        raise UserError(spoken(error)) from error
+        raise UserError(spoken(error, WORDS)) from error
     return {
         "from": str(job.source), "to": str(job.target), "variant": adapter.variant.name, "layers": len(adapter.targets),
         "numbers": adapter.num_parameters(), "c": None if is_ours(job.target) else dose(job), "model": job.model,
@@ -71,6 +73,10 @@ def check(job: Conversion) -> None:
         )
     if job.part is not None and not is_folder(job.source):
         raise UserError(f"--part {job.part}: of an IA3 folder of PEFT; {job.source} is none")
+    if is_ours(job.target):
+        check_file(f"{job.source} -> {job.target}", job.target, [job.source], job.force)
+    else:
+        check_peft_folders(f"{job.source} -> {job.target}", [job.target], [job.source], job.force)
 
 
 def is_folder(path: Path) -> bool:
@@ -103,14 +109,6 @@ def write(job: Conversion, adapter: ll.Adapter) -> dict[str, float]:
         adapter.save(job.target)
         return {}
     return ll.to_peft(adapter, job.target, dose(job), as_lora=job.as_lora, approximate=job.approximate, r=job.r)
-
-
-def spoken(error: Exception) -> str:
-    """The library's words for its arguments as the command line's."""
-    text = str(error)
-    for ours, theirs in WORDS.items():
-        text = text.replace(ours, theirs)
-    return text
 
 
 def readable(s: dict[str, Any]) -> str:

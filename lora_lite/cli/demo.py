@@ -15,6 +15,7 @@ from lora_lite.cli import checks, report
 from lora_lite.cli.corpus import standard_library
 from lora_lite.cli.errors import asked_by_user
 from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, machine, need_matplotlib, respond, writing_model
+from lora_lite.cli.outputs import check_writable
 from lora_lite.cli.pairs import Contrast, code_and_prose, read_pairs
 from lora_lite.cli.tiny_lm import Recipe as TinyRecipe
 from lora_lite.cli.tiny_lm import tiny_lm
@@ -48,6 +49,7 @@ def demo(job: Job) -> dict[str, Any]:
     need_matplotlib()
     with asked_by_user(f"--out {job.out}", OSError):
         job.out.mkdir(parents=True, exist_ok=True)
+    check_writable(f"--out {job.out}", job.out)
     clock = Clock()
     with clock("texts"):
         contrasted = read_pairs(job.pairs, job.seed) if job.pairs else code_and_prose(standard_library(), job.seed)

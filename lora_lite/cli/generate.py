@@ -10,6 +10,7 @@ from typing import Any
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.cli.language import writing_model
+from lora_lite.cli.options import check_adapter_file
 from lora_lite.steering.writing import Writing, as_prompts, on_model, write
 from lora_lite.varied import limit
 
@@ -36,6 +37,8 @@ def generate(job: Generation) -> dict[str, Any]:
     if wrong := [c for c in job.cs if not is_dose(c)]:
         raise UserError(f"-c {wrong[0]}: expected a number, auto or -auto")
     named = [parted(text) for text in job.adapters]
+    for path, _ in named:
+        check_adapter_file("--adapter", path, job.model)
     model, tokenizer = writing_model(job.model, job.device)
     adapters = [read(path, i) for i, (path, _) in enumerate(named)]
     prompts = as_prompts(list(job.prompts), tokenizer)

@@ -16,7 +16,9 @@ from loguru import logger
 from tqdm import tqdm
 
 import lora_lite as ll
+from lora_lite.checkpoint import check_place
 from lora_lite.cli.errors import UserError, asked_by_user
+from lora_lite.peft_format.folder import CONFIG
 
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Base = Annotated[str, typer.Option("--model", help="Folder or hub id of a causal model.", show_default=False)]
@@ -50,8 +52,31 @@ def typed() -> str:
     return shlex.join(["lora-lite", *sys.argv[1:]])
 
 
+def check_adapter_file(option: str, path: Path, model: str) -> None:
+    """Before a model is read. Raises UserError for what is none; a PEFT folder becomes one by a command that it names."""
+    if (path / CONFIG).is_file():
+        raise UserError(
+            f"{option} {path}: it is a PEFT folder; lora-lite convert {path} NAME.safetensors --model {model} makes a file of it"
+        )
+    with asked_by_user(f"{option} {path}", ll.CheckpointError, OSError):
+        check_place(path)
+
+
 def place(device: str | None) -> str:
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that was asked for, else the best there is. Raises UserError where a tensor cannot be put on it, before anything is."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        works = torch.ones(1, device=device).tolist() == [1.0]  # the device "meta" has no numbers to give back
+    except (RuntimeError, AssertionError, ImportError, ValueError):  # what torch says takes lines, and names C++ files
+        works = False
+    if not works:
+        raise UserError(f"--device {device}: nothing can be computed there; here there are {', '.join(devices())}")
+    return device
+
+
+def devices() -> list[str]:
+    return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *["mps"] * torch.backends.mps.is_available()]
 
 
 def cs_of(text: str) -> list[float]:

@@ -47,7 +47,8 @@ def read_pairs(path: Path, seed: int) -> Contrast:
     Raises UserError with the number of the line that is wrong.
     """
     if not path.is_file():
-        raise UserError(f"--pairs {path}: no such file; expected JSON lines, each {EXPECTED}")
+        found = "it is a folder" if path.is_dir() else "it is a device or a pipe" if path.exists() else "no such file"
+        raise UserError(f"--pairs {path}: {found}; expected JSON lines, each {EXPECTED}")
     with asked_by_user("--pairs", ValueError, OSError):
         pairs = list(ll.ContrastivePairs.from_jsonl(path))
     if len(pairs) < 2:

@@ -10,6 +10,7 @@ from typing import Any
 import lora_lite as ll
 from lora_lite.cli.errors import asked_by_user
 from lora_lite.cli.language import Recipe, Sampling, need_matplotlib, writing_model
+from lora_lite.cli.outputs import check_writable
 from lora_lite.cli.pairs import read_pairs
 from lora_lite.cli.report import table
 from lora_lite.steering import Round, Rounds, plot
@@ -38,6 +39,7 @@ class Asked:
 def rounds(job: Asked) -> dict[str, Any]:
     """Goes on where the folder is, and returns what all its rounds came to. Raises UserError for what was typed wrong."""
     need_matplotlib()
+    check_writable(f"--state {job.state}", job.state)
     contrasted = read_pairs(job.pairs, job.seed)
     model, tokenizer = writing_model(job.model, job.device)
     calibration = {k: v for k, v in job.sampling.keywords().items() if k != "seed"}

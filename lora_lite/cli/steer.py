@@ -12,7 +12,8 @@ import lora_lite as ll
 from lora_lite.cli import report
 from lora_lite.cli.errors import asked_by_user
 from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, machine, need_matplotlib, respond, writing_model
-from lora_lite.cli.options import SWEPT, cs_of
+from lora_lite.cli.options import SWEPT, check_adapter_file, cs_of
+from lora_lite.cli.outputs import check_writable
 from lora_lite.cli.pairs import read_pairs
 from lora_lite.cli.traits import Judge
 
@@ -105,12 +106,17 @@ class Sweep:
 def sweep(job: Sweep) -> dict[str, Any]:
     """The dose-response of a saved adapter: table, plot, samples. Raises UserError for what was typed wrong."""
     need_matplotlib()
+    named = (("--adapter", job.adapter), ("--null", job.null))
+    for option, path in named:
+        if path is not None:
+            check_adapter_file(option, path, job.model)
     make(job.out)
     clock, contrasted = Clock(), read_pairs(job.pairs, job.seed)
     judge, prompts = Judge(contrasted), contrasted.prompts(PROMPTS)
     with clock("model"):
         model, tokenizer = writing_model(job.model, job.device)
-    adapter, null = saved(model, job.adapter), None if job.null is None else saved(model, job.null)
+    adapter, null = (None if path is None else saved(model, option, path) for option, path in named)
+    assert adapter is not None
     with clock("sweep c"):
         response = respond(model, tokenizer, adapter, judge, job.doses, prompts, job.sampling, null)
     title = f"{job.adapter.name} on {Path(job.model).name}"
@@ -133,11 +139,12 @@ def sweep(job: Sweep) -> dict[str, Any]:
 def make(out: Path) -> None:
     with asked_by_user(f"--out {out}", OSError):
         out.mkdir(parents=True, exist_ok=True)
+    check_writable(f"--out {out}", out)
 
 
-def saved(model: Any, path: Path) -> ll.Adapter:
+def saved(model: Any, option: str, path: Path) -> ll.Adapter:
     """The adapter in a file, and a word where it is not this model's before anything is generated."""
-    with asked_by_user(f"--adapter {path}", ll.CheckpointError, OSError, RuntimeError, ValueError):
+    with asked_by_user(f"{option} {path}", ll.CheckpointError, OSError, RuntimeError, ValueError):
         adapter = ll.load(model, path)
         adapter.detach()
     return adapter

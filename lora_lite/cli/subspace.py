@@ -19,6 +19,7 @@ from tqdm import tqdm
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.cli.options import JSON
+from lora_lite.cli.outputs import Force, check_file, check_peft_folders
 from lora_lite.subspace import Update, source_of
 
 app = typer.Typer(name="subspace", no_args_is_help=True, help="Many adapters of one base as one shared basis and a few numbers each.")
@@ -27,7 +28,20 @@ File = Annotated[Path, typer.Argument(help="A file of SharedSubspace.save.", sho
 Adapters = Annotated[list[Path], typer.Argument(help="Adapter files of lora_lite, or PEFT LoRA folders.", show_default=False)]
 Out = Annotated[Path | None, typer.Option(help="Where the result goes.  [default: back into FILE]", show_default=False)]
 Names = Annotated[list[str] | None, typer.Option("--id", help="The task ids, once per adapter; left out, the names of files or folders.")]
-Threshold = Annotated[float, typer.Option(min=1e-9, max=1, help="Share of |dW|^2 that each layer keeps.")]
+Threshold = Annotated[float, typer.Option(min=1e-9, max=1, help="Share of |dW|^2 that each layer keeps; 0.6 as in vlora.")]
+
+# The library's words for its arguments, and the command line's.
+WORDS = {
+    "Give task_ids=": "Give --id once per adapter", "task_ids for": "--id for", 'missing="zero" or "common"': "--missing zero or common",
+    'missing="zero" allows that': "build with --missing zero allows that", "budget_bytes=": "--budget-bytes ",
+    "to(dtype=torch.float32) first, quantize() afterwards; project() and add_task() work as it is":
+        "--project works as it is, or build it again without --bits",
+    'coefficients="diag"': "--coefficients diag",
+    'project() and add_task(), or build "core"': "--project, or build with --coefficients core",
+    "remove_task it first, or give another id": "give another --id", "diagnose() measures": "diagnose measures",
+    'space="flat"': "--space flat", 'space="feature"': "--space feature",
+    "adapter.fingerprint = None": "in Python, adapter.fingerprint = None",
+}  # fmt: skip
 
 
 class Space(StrEnum):
@@ -60,6 +74,7 @@ def build(
     budget_bytes: Annotated[int | None, typer.Option(min=1, help="Directions where they explain most, until this is spent.")] = None,
     missing: Annotated[Missing, typer.Option(help="Layers that are not in every adapter.")] = Missing.error,
     bits: Annotated[int | None, typer.Option(help="8 or 4: quantise the result.")] = None,
+    force: Force = False,
     as_json: JSON = False,
 ) -> None:
     """Find what adapters share, one layer of all of them in memory at a time."""
@@ -67,6 +82,7 @@ def build(
         raise UserError(f"--bits {bits}: it must be 8 or 4")
     if num_components is not None and budget_bytes is not None:
         raise UserError("give -k or --budget-bytes, not both: a budget chooses k itself")
+    check_file(f"--out {out}", out, adapters, force)
     with refusals(), progress("layers", "layer") as step:
         sub = ll.SharedSubspace.from_adapters_streaming(
             adapters, ids, num_components, space=space.value, coefficients=coefficients.value, variance_threshold=variance_threshold,
@@ -75,7 +91,10 @@ def build(
         if bits is not None:
             sub.quantize(bits)
         sub.save(out)
-    tell({**described(sub, out), "given_bytes": sum(map(size_of, adapters))}, as_json)
+    found = {**described(sub, out), "given_bytes": sum(map(size_of, adapters))}
+    larger = found["file_bytes"] - found["given_bytes"]
+    note = f"the file is {larger:,} bytes larger than the adapters: keep those, or give fewer directions (-k, --budget-bytes) or --bits"
+    tell(found | {"note": note} if larger > 0 else found, as_json)
 
 
 @app.command()
@@ -93,6 +112,7 @@ def add(
     ids: Names = None,
     project: Annotated[bool, typer.Option("--project", help="Leave the bases as they are; what they do not hold is lost.")] = False,
     out: Out = None,
+    force: Force = False,
     as_json: JSON = False,
 ) -> None:
     """Take in further adapters. The bases turn to make room for them; old tasks lose no more than `info` then says."""
@@ -100,6 +120,8 @@ def add(
     names = ids or [a.name if a.is_dir() else a.stem for a in adapters]
     if len(names) != len(adapters):
         raise UserError(f"{len(names)} --id for {len(adapters)} adapters")
+    into_itself = out is None or out.resolve() == file.resolve()  # as --help says
+    check_file(f"{file}" if out is None else f"--out {out}", out or file, adapters, force or into_itself)
     coverage = {}
     with refusals():
         for name, adapter in zip(names, tqdm(adapters, desc="adding", unit="adapter", delay=1.0), strict=True):
@@ -115,14 +137,16 @@ def export(
     file: File,
     out: Annotated[Path, typer.Option(help="A folder; each task becomes a PEFT folder task_<n> in it, or --task the folder itself.")],
     task: Annotated[str | None, typer.Option(help="Only this one.")] = None,
+    force: Force = False,
     as_json: JSON = False,
 ) -> None:
     """Tasks back to PEFT folders. Ids are never used as file names: the answer says which folder is whose."""
     sub = opened(file)
+    folders = {task: out} if task is not None else {name: out / f"task_{i}" for i, name in enumerate(sub.tasks)}
+    check_peft_folders(f"--out {out}", list(folders.values()), [file], force)
     written = {}
     with refusals():
-        for i, name in enumerate(tqdm([task] if task is not None else sub.tasks, desc="exporting", unit="task", delay=1.0)):
-            folder = out if task is not None else out / f"task_{i}"
+        for name, folder in tqdm(folders.items(), desc="exporting", unit="task", delay=1.0):
             ll.to_peft(sub.reconstruct(name), folder)
             written[name] = str(folder)
     tell({"file": str(file), "folders": written}, as_json)
@@ -135,7 +159,9 @@ def diagnose(
     seed: Annotated[int, typer.Option(help="Of the chance that sharing is compared with.")] = 0,
     as_json: JSON = False,
 ) -> None:
-    """Does this collection share anything, and is a shared basis the cheapest way to keep it? A verdict per layer."""
+    """Does this collection share anything, and is a shared basis the cheapest way to keep it? A verdict per layer.
+
+    Of layers that were truncated only the originals can tell: without them there is no verdict."""
     sub = opened(file)
     if adapters and len(adapters) != len(sub.tasks):
         raise UserError(f"{len(adapters)} adapters for the {len(sub.tasks)} tasks of {file}: {', '.join(sub.tasks[:5])}")
@@ -143,8 +169,11 @@ def diagnose(
     with refusals(), progress("layers", "layer") as step:
         verdicts = sub.diagnose(given, seed, progress=step)
     layers = {m: {"verdict": v.text, "shares": v.shares, **vars(v), "bytes": dict(v.bytes)} for m, v in verdicts.items()}
-    sharing = sum(v.shares for v in verdicts.values())
-    tell({"file": str(file), "layers_that_share": f"{sharing} of {len(layers)}", "layers": layers}, as_json)
+    judged = [v.shares for v in verdicts.values() if v.shares is not None]
+    sharing = f"{sum(judged)} of {len(judged)}"
+    if unknown := len(layers) - len(judged):
+        sharing += f"; no verdict on {unknown}: name the original adapters behind {file}, in the order of its tasks"
+    tell({"file": str(file), "layers_that_share": sharing, "layers": layers}, as_json)
 
 
 @app.command()
@@ -196,7 +225,7 @@ def diff(
 
 def refusals() -> Any:
     """What the library refuses was asked by the user."""
-    return asked_by_user("lora-lite subspace", ValueError, TypeError, KeyError, OSError)
+    return asked_by_user("", ValueError, TypeError, KeyError, OSError, words=WORDS)
 
 
 @contextmanager
@@ -282,5 +311,5 @@ def lines(found: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
             yield f"{'  ' * depth}{key}"
             yield from lines(value, depth + 1)
         else:
-            shown = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
+            shown = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
             yield f"{'  ' * depth}{str(key).replace('_', ' '):{max(1, 34 - 2 * depth)}} {shown}"

@@ -13,6 +13,7 @@ from torch import Tensor
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.cli.options import JSON, Device, place, speak, tell
+from lora_lite.cli.outputs import Force, check_file
 from lora_lite.steering.rows import pad_id
 
 ROLES = {"writers": ("writer",), "readers": ("reader",), "all": ("reader", "writer")}
@@ -33,6 +34,7 @@ def transfer(
     tokens: Annotated[int, typer.Option(min=64, help="How many tokens of the text to use.")] = 4096,
     length: Annotated[int, typer.Option(min=8, help="Tokens per row.")] = 128,
     device: Device = None,
+    force: Force = False,
     as_json: JSON = False,
 ) -> None:
     """Carry an adapter to a model of another width or depth, without its training data."""
@@ -42,19 +44,21 @@ def transfer(
         raise UserError(f"--layer-map {layer_map}: there are depth, cka")
     if not out.parent.is_dir() or out.is_dir():
         raise UserError(f"--out {out}: expected a file in a folder that exists")
-    written = read_text(text)
+    check_file(f"--out {out}", out, [adapter, text], force)
+    written, where = read_text(text), place(device)
     speak()
     from lora_lite.cli.language import language_model  # transformers takes seconds to import
 
-    here, words = language_model(source, place(device), "--source")
-    there, other_words = language_model(target, place(device), "--target")
+    here, words = language_model(source, where, "--source")
+    there, other_words = language_model(target, where, "--target")
     rows = batches(words, other_words, written, tokens, length, text)
     with asked_by_user(f"{adapter}", OSError, ValueError, RuntimeError, KeyError):
         given = ll.from_peft(here, adapter) if adapter.is_dir() else ll.load(here, adapter)
         given.detach()
     with asked_by_user("the transfer", ValueError, RuntimeError):
         result = ll.transfer_adapter(given, here, there, rows, rows, ROLES[roles], layer_map, sequential, min_r2)
-    result.adapter.save(out)
+    with asked_by_user(f"--out {out}", OSError):
+        result.adapter.save(out)
     tell(result.to_dict() | {"out": str(out)}, lambda _: f"{result}\nwritten: {out}", as_json)
 
 

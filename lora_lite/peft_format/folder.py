@@ -23,6 +23,7 @@ from lora_lite.checkpoint import (
     check_metadata,
     header,
     in_place,
+    in_the_name_of,
     is_unicode,
     listed,
     make_folder,
@@ -132,7 +133,8 @@ def write_folder(path: str | os.PathLike[str], contents: Folder) -> None:
     make_folder(folder.parent)
     place = folder if folder.exists() else folder.with_name(f".lora_lite-{secrets.token_hex(8)}.tmp")
     try:
-        place.mkdir(exist_ok=True)
+        with in_the_name_of(folder):
+            place.mkdir(exist_ok=True)
         (place / CONFIG).unlink(missing_ok=True)
         replace(place / TENSORS, [head, *(raw(v) for _, v in in_place(flat))])
         replace(place / CONFIG, [config])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -179,6 +180,9 @@ def own_config(found: Folder, config: AdapterConfig, target: str, size: tuple[in
 # -- keys ---------------------------------------------------------------------------------------------------------------------
 
 
+EMBEDDING = re.compile(r"\.lora_embedding_[AB](\.|$)")
+
+
 class Keys(NamedTuple):
     """A file's tensors by where they belong: {target: {field: tensor}}, {field: tensor} for all, and whole parameters by name."""
 
@@ -201,11 +205,13 @@ def assign(found: Folder, candidates: Sequence[Method], layers: Mapping[str, nn.
     saved = {key: beside[key] for key in rest if to_save(found.config, strip_prefixes(beside[key])) and beside[key] in parameters}
     bases = {key: match_names([bare(key)], parameters)[bare(key)] for key in rest if key not in saved}
     kept = {key: name for key, name in bases.items() if name in parameters}
+    embedded = [key for key in rest if EMBEDDING.search(key)]
     tied = tied_names(model)
     places = Counter([(names[t], field) for t, field in hits.values()]) + Counter(saved.values())
     problems = [
         *problem("of no linear layer of this model", [key for key, (t, _) in hits.items() if names[t] not in layers]),
-        *problem("without a home", [key for key in rest if key not in saved and key not in kept]),
+        *problem("of an embedding, and only linear layers carry adapters here", embedded),
+        *problem("without a home", [key for key in rest if key not in saved and key not in kept and key not in embedded]),
         *problem(
             "with other base weights than this model's, in no module of modules_to_save (a resized vocabulary?)",
             [key for key, name in kept.items() if not same_values(found.tensors[key], parameters[name])],

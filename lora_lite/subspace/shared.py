@@ -166,7 +166,7 @@ class SharedSubspace:
         self, adapters: Mapping[str, Adapter | PathLike] | None = None, seed: int = 0, progress: Progress | None = None
     ) -> dict[str, diagnosis.Verdict]:
         """By layer: does this collection share anything? See `lora_lite.subspace.diagnosis`. Give the adapters by task id for
-        figures of the originals; without them it can only speak of what was kept."""
+        figures of the originals; without them there is a verdict only where nothing was let go of a layer."""
         return diagnosis.diagnose(self._state, adapters, seed, progress)
 
     def __repr__(self) -> str:
@@ -244,8 +244,8 @@ class SharedSubspace:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SharedSubspace:
         """Bases and coefficients onto a device, in a dtype; a dtype also undoes `quantize`. Returns self."""
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating torch.dtype, got {dtype}; quantize(bits=8) makes integers")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype must be a floating torch.dtype such as torch.float32, got {dtype!r}; quantize(bits=8) makes integers")
         with self._writing:
             self._state = change.moved(self._state, None if device is None else torch.device(device), dtype)
         return self
@@ -283,7 +283,8 @@ def having(state: State, task_id: str) -> dict[str, Layer]:
 
 def file_names(paths: Sequence[PathLike]) -> list[str]:
     stems = [Path(p).name if Path(p).is_dir() else Path(p).stem for p in paths]
-    return stems if len(set(stems)) == len(stems) else [Path(p).resolve().parent.name for p in paths]
+    folders = [Path(p).resolve().parent.name for p in paths]
+    return folders if len(set(stems)) < len(stems) == len(set(folders)) else stems
 
 
 def default_names(adapters: Sequence[Adapter | PathLike]) -> list[str]:

@@ -29,6 +29,7 @@ class Evaluation:
     recovery    (target - moved) / (target - target with its own adapter), where one was given
     arithmetic  target's logits + (source with adapter - source)'s: needs both models at each step, and one vocabulary (else None)
     random      a LoRA of the moved one's singular values on random directions
+    note        why a share is None: there is none of a gain that is not there
     """
 
     source: float
@@ -45,26 +46,44 @@ class Evaluation:
 
     @property
     def recovery(self) -> float | None:
-        return None if self.own is None else ratio(self.target - self.moved, self.target - self.own)
+        return None if self.own is None else share(self.target - self.moved, self.target, self.own)
 
     def of_source(self, loss: float | None) -> float | None:
-        """The gain at this loss on the target, as a share of the source's; None where the adapter did not change the source's."""
-        return None if loss is None else ratio(self.target - loss, self.source - self.source_adapted)
+        """The gain at this loss on the target, as a share of the source's; None where the adapter gained nothing there."""
+        return None if loss is None else share(self.target - loss, self.source, self.source_adapted)
 
-    def to_dict(self) -> dict[str, float | None]:
-        return asdict(self) | {"gain_kept": self.gain_kept, "recovery": self.recovery}
+    @property
+    def note(self) -> str | None:
+        found = []
+        if not gained(self.source, self.source_adapted):
+            found.append(f"the adapter gains nothing on its own model with these batches (loss {self.source:.4f}, with it "
+                         f"{self.source_adapted:.4f}), so there is no gain to keep")  # fmt: skip
+        if self.own is not None and not gained(self.target, self.own):
+            found.append(f"the target's own adapter gains nothing with these batches (loss {self.target:.4f}, with it {self.own:.4f})")
+        return "; ".join(found) + ": give batches, or a loss, of what it was trained for" if found else None
+
+    def to_dict(self) -> dict[str, float | str | None]:
+        return asdict(self) | {"gain_kept": self.gain_kept, "recovery": self.recovery, "note": self.note}
 
     def __repr__(self) -> str:
         rows = {"target, unadapted": self.target, "random LoRA": self.random, "moved": self.moved, "logit arithmetic": self.arithmetic}
         told = [f"source {self.source:.4f}, with its adapter {self.source_adapted:.4f}", f"{'':18} {'loss':>8} {'gain kept':>9}"]
         told += [f"{name:18} {loss:8.4f} {percent(self.of_source(loss)):>9}" for name, loss in rows.items() if loss is not None]
-        return "\n".join(
-            [*told, *([f"of the target's own adapter ({self.own:.4f}): {percent(self.recovery)}"] if self.own is not None else [])]
-        )
+        if self.own is not None:
+            told.append(f"of the target's own adapter ({self.own:.4f}): {percent(self.recovery)}")
+        return "\n".join([*told, *([self.note] if self.note else [])])
 
 
-def ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
+ROUNDING = 1e-6  # of a loss: means of float32 logits differ by that much for no reason
+
+
+def gained(before: float, after: float) -> bool:
+    return before - after > ROUNDING * abs(before)
+
+
+def share(part: float, before: float, after: float) -> float | None:
+    """`part` of the gain from `before` to `after`; None where it is no gain: a share of a loss would be praise for doing harm."""
+    return part / (before - after) if gained(before, after) else None
 
 
 def percent(share: float | None) -> str:
