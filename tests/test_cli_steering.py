@@ -29,7 +29,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, corpus = tmp_path_factory.mktemp("room"), made_up(40)
     tiny_lm.tiny_lm(folder / "lm", corpus, TINY)
     lines = [{"prompt": "", "chosen": c, "rejected": p} for c, p in zip(corpus.code, corpus.prose, strict=True)]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name, n in (("pairs", None), ("five", 5), ("two", 2), ("none", 0)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines[:n])))
     return folder
 
 
@@ -89,6 +90,16 @@ def test_the_same_seed_gives_the_same_adapter(steered: dict[str, Any], room: Pat
     one, two = (ll.read(room / name / "adapter.safetensors") for name in ("kept", "again"))
     assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
     assert one.calibrated == two.calibrated
+
+
+def test_five_pairs_are_judged_by_one_that_was_held_out(run: Any, room: Path) -> None:
+    status, out, err = run("steer", "--model", "lm", "--pairs", "five.jsonl", "--null", "--doses", "0,1", "--out", "few", "--json", *CHEAP)
+    assert status == 0 and "five.jsonl: 5 pairs, 1 of them held out" in err, err
+    found = json.loads(out)
+    for which in ("trained", "null"):
+        assert found[which]["held_out_pairs"] == 1 and [p["effect"] for p in found[which]["poles"]] == [None, None]
+    report = (room / "few" / "report.md").read_text()
+    assert "12 steps on 4 pairs" in report and "on 1 held-out pair c=1" in report and "effect +" not in report.split("## Doses")[0]
 
 
 @pytest.mark.parametrize("variant", ["pissa", "dora", "ia3"])
@@ -230,6 +241,9 @@ GENERATE = ["generate", "--model", "lm", "--adapter", "absent.safetensors", "--p
         ([*GENERATE, "-c", "much"], "-c much: expected a number, auto or -auto"),
         ([*GENERATE, "--samples", "2"], "give a temperature"),
         (["rounds", *STEER[1:], "--rounds", "0"], "--rounds"),
+        (["rounds", *STEER[1:3], "--pairs", "five.jsonl"], "5 pairs, of which 1 is held out; the rule needs"),
+        ([*STEER[:3], "--pairs", "two.jsonl", "--null"], "--null with --pairs two.jsonl: 1 pair is left"),
+        ([*STEER[:3], "--pairs", "none.jsonl"], "there are no pairs"),
         (["rounds", *STEER[1:], "--state", "pairs.jsonl", *CHEAP], "--state pairs.jsonl"),
     ],
     ids=lambda v: " ".join(v[-2:]) if isinstance(v, list) else "",

@@ -20,7 +20,8 @@ from lora_lite.cli.errors import UserError, asked_by_user
 
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Base = Annotated[str, typer.Option("--model", help="Folder or hub id of a causal model.", show_default=False)]
-Pairs = Annotated[Path, typer.Option(help='JSON lines of {"prompt", "chosen", "rejected"}.', show_default=False)]
+PAIRS = 'JSON lines of {"prompt", "chosen", "rejected"}; every fifth is held out to judge by: 2 at least, tens are better.'
+Pairs = Annotated[Path, typer.Option(help=PAIRS, show_default=False)]
 Method = Annotated[str, typer.Option("--variant", help=f"The method: {', '.join(sorted(ll.REGISTRY))}.")]
 Where = Annotated[str, typer.Option("--targets", help='"all-linear" or a regex on module names.')]
 Band = Annotated[tuple[float, float], typer.Option("--layer-range", help="Band of depth, as two fractions.")]

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import lora_lite as ll
-from lora_lite.cli.errors import asked_by_user
+from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.cli.language import Recipe, Sampling, need_matplotlib, writing_model
-from lora_lite.cli.pairs import read_pairs
+from lora_lite.cli.pairs import EVERY, read_pairs
 from lora_lite.cli.report import table
 from lora_lite.steering import Round, Rounds, plot
 from lora_lite.steering.verdict import spread
@@ -39,6 +39,11 @@ def rounds(job: Asked) -> dict[str, Any]:
     """Goes on where the folder is, and returns what all its rounds came to. Raises UserError for what was typed wrong."""
     need_matplotlib()
     contrasted = read_pairs(job.pairs, job.seed)
+    if len(contrasted.held) < 2:
+        few = f"{len(contrasted.train) + 1} pairs, of which 1 is held out"
+        raise UserError(
+            f"--pairs {job.pairs}: {few}; the rule needs a spread between held-out pairs: at least {EVERY + 1}, tens are better"
+        )
     model, tokenizer = writing_model(job.model, job.device)
     calibration = {k: v for k, v in job.sampling.keywords().items() if k != "seed"}
     with asked_by_user(f"--state {job.state}", ValueError, RuntimeError, TypeError, OSError):

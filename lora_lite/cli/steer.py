@@ -10,7 +10,7 @@ from typing import Any
 
 import lora_lite as ll
 from lora_lite.cli import report
-from lora_lite.cli.errors import asked_by_user
+from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, machine, need_matplotlib, respond, writing_model
 from lora_lite.cli.options import SWEPT, cs_of
 from lora_lite.cli.pairs import read_pairs
@@ -44,6 +44,8 @@ def steer(job: Steering) -> dict[str, Any]:
     clock, contrasted = Clock(), read_pairs(job.pairs, job.seed)
     judge, prompts = Judge(contrasted), contrasted.prompts(PROMPTS)
     pairs, held = ll.ContrastivePairs(contrasted.train), ll.ContrastivePairs(contrasted.held)
+    if job.null and len(pairs) < 2:
+        raise UserError(f"--null with --pairs {job.pairs}: 1 pair is left to train on, and shuffled labels take 2; give at least 3 pairs")
     training = asdict(job.recipe) | {"validation": held, "seed": job.seed}
     with clock("model"):
         model, tokenizer = writing_model(job.model, job.device)
@@ -151,7 +153,9 @@ def measured(response: ll.DoseResponse, judge: Judge) -> dict[str, Any]:
 
 def held_out(trained: Any) -> dict[str, Any]:
     """What the held-out pairs said of the weights that were kept, at both poles."""
-    return {"step": trained.best_step, "poles": [asdict(pole) for pole in trained.best.poles]}
+    n = trained.pairs[1]
+    poles = [asdict(pole) | ({} if n > 1 else {"effect": None}) for pole in trained.best.poles]  # one pair has no spread
+    return {"step": trained.best_step, "held_out_pairs": n, "poles": poles}
 
 
 def files(out: Path, *names: str) -> list[str]:
