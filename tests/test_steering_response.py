@@ -316,6 +316,10 @@ def test_the_result_survives_json_and_prints_as_a_table() -> None:
     head, *rows, said = str(found).splitlines()
     assert "sevens" in head and "null effect" in head and "perplexity" in head
     assert [row.split()[0] for row in rows] == ["-1", "0", "1"] and "Cohen" in said
+    assert "perplexity (x c=0's)" in head
+    for row, dose in zip(rows, found.doses, strict=True):
+        there, here = found.at(0.0).coherence["perplexity"], dose.coherence["perplexity"]
+        assert row.endswith(f" {here:.3g} ({here / there:.2f}x)")
     with pytest.raises(KeyError, match=r"0\.7 was not measured"):
         found.at(0.7)
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -110,7 +110,7 @@ class Dose:
     trait, error     mean over prompts and its standard error (None for one prompt)
     effect           see `effect_size`
     coherence        mean of each measure, geometric for perplexity
-    relative         the same relative to c=0: 1 there, less where text falls apart
+    relative         coherence relative to c=0: 1 there, less where text falls apart (0.5 for twice c=0's perplexity; print has 2.00x)
     """
 
     c: float
@@ -245,12 +245,12 @@ class DoseResponse:
 
     def __str__(self) -> str:
         null = {d.c: d for d in self.null.doses} if self.null else {}
-        head = ["c", self.trait, "effect", *(["null effect"] if null else []), *(f"{name} (of c=0's)" for name in self.measures)]
+        head = ["c", self.trait, "effect", *(["null effect"] if null else []), *(f"{name} (x c=0's)" for name in self.measures)]
         rows = [head]
         for d in self.doses:
             of_null = [number(null[d.c].effect, "+.2f")] if null else []
             trait = number(d.trait, ".3f") + (f" ± {d.error:.3f}" if d.error is not None else "")
-            coherence = [f"{d.coherence[name]:.3g} ({d.relative[name]:.2f})" for name in self.measures]
+            coherence = [f"{d.coherence[name]:.3g} ({Measure(name, 0.0).times(d.relative[name])})" for name in self.measures]
             rows.append([f"{d.c:g}", trait, number(d.effect, "+.2f"), *of_null, *coherence])
         n = len(self.prompts)
         said = f"effect: (mean at c - mean at 0) / pooled standard deviation over the prompts (Cohen's d); {n} prompts"
