@@ -97,7 +97,7 @@ class Measure:
         if relative >= self.floor:
             return ""
         bound = "ceiling" if self.name == "perplexity" else "floor"
-        return f"{self.name} {self.times(relative, '.2g')} c=0's, {bound} {self.times(self.floor, '.2g')}"
+        return f"{self.name} {self.times(relative, '.3g')} c=0's, {bound} {self.times(self.floor, '.3g')}"
 
 
 def measures(coherence: Coherence, floors: Mapping[str, float] | None = None) -> tuple[Measure, ...]:
