@@ -37,6 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[demo.Job]:
         jobs.append(job)
         dose = {"c": 0.0, "trait": 0.5, "perplexity": 9.0}
         return {"title": "t", "ok": job.seed != 13, "checks": {"all": True}, "trait": "P(x)", "gradual_region": (-0.5, 0.5),
+                "way": "P(x) is gradual",
                 "doses": [dose], "seconds": {"all": 1.0}, "files": []}  # fmt: skip
 
     monkeypatch.setattr(demo, "demo", instead)
@@ -69,7 +70,7 @@ def test_options_become_a_job(run: Any, asked: list[demo.Job], tmp_path: Path) -
 
 def test_nothing_given_is_lora_on_the_tiny_model(run: Any, asked: list[demo.Job]) -> None:
     status, out, _ = run("demo")
-    assert status == 0 and "P(x)" in out and "gradual from c = -0.5 to 0.5" in out
+    assert status == 0 and "P(x)" in out and "P(x) is gradual" in out
     assert asked[0].config == ll.LoRAConfig(r=8, alpha=16.0) and asked[0].model is None and asked[0].out == Path("out/demo")
 
 

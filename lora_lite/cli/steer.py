@@ -14,6 +14,7 @@ from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, machine, need_matplotlib, respond, writing_model
 from lora_lite.cli.options import SWEPT, cs_of
 from lora_lite.cli.pairs import read_pairs
+from lora_lite.cli.report import as_sentence
 from lora_lite.cli.traits import Judge
 
 DOSES = tuple(cs_of(SWEPT))
@@ -147,7 +148,8 @@ def saved(model: Any, path: Path) -> ll.Adapter:
 
 def measured(response: ll.DoseResponse, judge: Judge) -> dict[str, Any]:
     return {
-        "trait": response.trait, "judge_accuracy": judge.accuracy, "gradual_region": response.gradual(), "doses": dose_rows(response),
+        "trait": response.trait, "judge_accuracy": judge.accuracy, "gradual_region": response.gradual(), "way": response.way(),
+        "doses": dose_rows(response),
     }  # fmt: skip
 
 
@@ -166,7 +168,10 @@ def written(out: Path, summary: dict[str, Any], response: ll.DoseResponse, secti
     """Samples, and the report for people and for programs."""
     report.write_samples(out / "samples.md", response, response.cs)
     made = report.table(("what", "value"), [(k, v) for k, v in summary["made"].items()])
-    parts = [f"# {summary['title']}", "![dose response](dose_response.png)\n\nGenerated texts: [samples.md](samples.md)."]
+    parts = [
+        f"# {summary['title']}",
+        f"![dose response](dose_response.png)\n\n{as_sentence(summary['way'])} Generated texts: [samples.md](samples.md).",
+    ]
     parts += [f"## {head}\n\n```text\n{text}\n```" for head, text in sections.items()]
     parts += [f"`{summary['trait']}` is a judge's: two character n-gram models, fitted on the pairs; they put "
               f"{summary['judge_accuracy']:.0%} of held-out texts on their own side.", "## How it was made", made,
@@ -184,7 +189,9 @@ def readable(s: dict[str, Any]) -> str:
     for d in s["doses"]:
         null = f"{shown(of_null.get(d['c'])):<8}" if of_null else ""
         lines.append(f"  {d['c']:<6g} {d['trait']:<12.2f} {shown(d['effect']):<8} {null}{d['perplexity']:<11.1f} {d['distinct-3']:.2f}")
-    return "\n".join([*lines, "", f"  {sum(s['seconds'].values()):.0f} s; written:", *(f"    {f}" for f in s["files"])])
+    return "\n".join(
+        [*lines, "", f"  {s['way']}", "", f"  {sum(s['seconds'].values()):.0f} s; written:", *(f"    {f}" for f in s["files"])]
+    )
 
 
 def limit(c: float | None) -> str:

@@ -19,6 +19,8 @@ from lora_lite.steering.coherence import Coherence, Measure, Rating, measures, n
 from lora_lite.steering.writing import Prompt, Writing, as_prompts, check_doses, on_model, write
 
 BOTH = ("distinct-3", "perplexity")
+INSIDE = 3  # doses between the ends of a stretch that is called gradual
+CLEAR = 4.0  # standard errors of the difference of its ends
 
 
 def dose_response(
@@ -178,9 +180,41 @@ class DoseResponse:
         return {dose.c: dose.effect for dose in self.doses}
 
     def gradual(self, least: float = 0.0, share: float = 0.1) -> tuple[float, float] | None:
-        """The stretch of c where the trait makes its way: from `share` to 1 - `share` of its range, rising or falling.
+        """The `stretch` of c where the trait changes gradually, if that is what was measured; None where it is not.
 
-        None where its range is not above `least`: a trait that does not move has no way to make.
+        It takes three doses between the ends (one alone is c=0, which lies in the middle of a switch too), and a change from one
+        end to the other of four standard errors (the range of a dozen doses that differ by chance is three).
+        """
+        found = self.stretch(least, share)
+        return found if found and self._clear(found) and self._between(found) >= INSIDE else None
+
+    def way(self, least: float = 0.0) -> str:
+        """How the trait moves with c, in a sentence that claims no more than the doses show."""
+        if (found := self.stretch(least)) is None:
+            return f"{self.trait} hardly moves with c"
+        low, high = (f"{c:.3g}" for c in found)
+        if self.gradual(least):
+            return f"{self.trait} is gradual from c = {low} to {high}"
+        why = f"what {self.trait} moves by is not clear of its standard errors; number of prompts: {len(self.prompts)}"
+        if self._clear(found):
+            why = (
+                f"{self.trait} changes from c = {low} to {high}, and there are {self._between(found)} doses in between, of {INSIDE} needed"
+            )
+        return f"no gradual stretch was resolved: {why}"
+
+    def _clear(self, ends: tuple[float, float]) -> bool:
+        first, last = map(self.at, ends)
+        errors = (first.error, last.error)
+        return None not in errors and abs(last.trait - first.trait) > CLEAR * math.hypot(*errors)  # type: ignore[arg-type]
+
+    def _between(self, ends: tuple[float, float]) -> int:
+        return sum(ends[0] < c < ends[1] for c in self.cs)
+
+    def stretch(self, least: float = 0.0, share: float = 0.1) -> tuple[float, float] | None:
+        """Where the trait makes its way, as far as these doses tell: from `share` to 1 - `share` of its range, rising or falling.
+
+        It may be a single step, or chance: a place to look closer, `gradual` is what can be claimed. None where the range is not
+        above `least`: a trait that does not move has no way to make.
         """
         doses = self.doses
         ends = doses[0].trait, doses[-1].trait
@@ -219,12 +253,14 @@ class DoseResponse:
     def plot(self, path: str | os.PathLike[str], zoom: tuple[float, float] | None = None, title: str = "") -> None:
         """Trait and coherence against c, with bands over prompts and the null control. The file's ending chooses the format.
 
-        zoom   a stretch of c to shade, and to show once more where that makes it larger: found.gradual()
-        Trait: mean and standard error; coherence: quartiles. Raises ImportError where matplotlib is not installed.
+        zoom   a stretch of c to shade, and to show once more where that makes it larger: found.gradual(), or one of your own
+        Trait: mean and standard error; coherence: quartiles. The folder is made where there is none. Raises ImportError where
+        matplotlib is not installed, ValueError for a zoom that is no stretch of the doses.
         """
         panels = [plot.Panel(f"{self.trait}\n(mean ± standard error over {len(self.prompts)} prompts)", self._trait_curves())]
         panels += [coherence_panel(name, self._coherence_curves(name)) for name in self.measures]
-        plot.against_c(path, panels, zoom, title)
+        called = "where it is gradual: " if zoom and tuple(zoom) == self.gradual() else ""
+        plot.against_c(path, panels, zoom, title, called)
 
     def _trait_curves(self) -> list[plot.Curve]:
         def curve(name: str, found: DoseResponse) -> plot.Curve:
