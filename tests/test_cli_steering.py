@@ -220,6 +220,45 @@ def test_rounds_killed_by_the_system_go_on_to_the_same_result(run: Any, room: Pa
     assert status == 2 and "seed was 0, is 4" in err and "Traceback" not in err
 
 
+# -- Ctrl-C -------------------------------------------------------------------------------------------------------------------
+
+
+def stops(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("command", ["steer", "sweep"])
+def test_stopped_before_anything_was_saved_leaves_no_folder(command: str, steered: Any, run: Any, room: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ll, "train_steering" if command == "steer" else "dose_response", stops)
+    more = ["--adapter", "kept/adapter.safetensors"] if command == "sweep" else []
+    status, out, err = run(command, *STEER[1:], *more, "--out", "stop/deep")
+    assert (status, out) == (130, "") and err.endswith("lora-lite: stopped; saved in stop/deep: nothing\n")
+    assert not (room / "stop").exists()
+
+
+def test_stopped_after_the_training_says_what_there_is(run: Any, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ll, "calibrate_c", stops)
+    status, _, err = run(*STEER, "--out", "half", *CHEAP)
+    assert status == 130 and "stopped; saved in half: adapter.safetensors" in err
+    assert ll.read(room / "half" / "adapter.safetensors").calibrated == {}
+
+
+def test_a_mistake_leaves_no_folder(run: Any, room: Path) -> None:
+    status, _, err = run(*STEER, "--targets", "nowhere_proj", "--out", "wrong")
+    assert status == 2 and "nowhere_proj" in err and not (room / "wrong").exists()
+
+
+def test_stopped_rounds_say_that_the_same_command_goes_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_lite.steering.rounds.calibrate_c", stops)
+    status, _, err = run(*ROUNDS, "--state", "stopped rounds")
+    assert status == 130 and "the same command goes on after the last step that stopped rounds has: lora-lite rounds --model lm" in err
+
+
+def test_stopped_elsewhere_is_a_word_too(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_lite.cli.generate.writing_model", stops)
+    assert run(*GENERATE) == (130, "", "lora-lite: stopped\n")
+
+
 # -- mistakes -------------------------------------------------------------------------------------------------------------
 
 STEER = ["steer", "--model", "lm", "--pairs", "pairs.jsonl"]

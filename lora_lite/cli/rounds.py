@@ -10,6 +10,7 @@ from typing import Any
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.cli.language import Recipe, Sampling, need_matplotlib, writing_model
+from lora_lite.cli.leaving import on_stop
 from lora_lite.cli.pairs import EVERY, read_pairs
 from lora_lite.cli.report import table
 from lora_lite.steering import Round, Rounds, plot
@@ -33,6 +34,7 @@ class Asked:
     recipe: Recipe = field(default_factory=Recipe)
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
+    command: str = "lora-lite rounds"
 
 
 def rounds(job: Asked) -> dict[str, Any]:
@@ -46,7 +48,8 @@ def rounds(job: Asked) -> dict[str, Any]:
         )
     model, tokenizer = writing_model(job.model, job.device)
     calibration = {k: v for k, v in job.sampling.keywords().items() if k != "seed"}
-    with asked_by_user(f"--state {job.state}", ValueError, RuntimeError, TypeError, OSError):
+    going_on = f"the same command goes on after the last step that {job.state} has: {job.command}"
+    with on_stop(lambda: going_on), asked_by_user(f"--state {job.state}", ValueError, RuntimeError, TypeError, OSError):
         found = ll.steering_rounds(
             model, job.config, ll.ContrastivePairs(contrasted.train), job.sampling.rows(contrasted.prompts(PROMPTS)), job.state,
             tokenizer=tokenizer, rounds=job.rounds, margin=job.margin, dose=job.dose, validation=ll.ContrastivePairs(contrasted.held),

@@ -12,6 +12,7 @@ import lora_lite as ll
 from lora_lite.cli import report
 from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, machine, need_matplotlib, respond, writing_model
+from lora_lite.cli.leaving import making
 from lora_lite.cli.options import SWEPT, cs_of
 from lora_lite.cli.pairs import read_pairs
 from lora_lite.cli.report import as_sentence
@@ -41,7 +42,11 @@ class Steering:
 def steer(job: Steering) -> dict[str, Any]:
     """Train, calibrate, sweep, save. Returns the summary that report.json holds; raises UserError for what was typed wrong."""
     need_matplotlib()
-    make(job.out)
+    with making(job.out):
+        return steered(job)
+
+
+def steered(job: Steering) -> dict[str, Any]:
     clock, contrasted = Clock(), read_pairs(job.pairs, job.seed)
     judge, prompts = Judge(contrasted), contrasted.prompts(PROMPTS)
     pairs, held = ll.ContrastivePairs(contrasted.train), ll.ContrastivePairs(contrasted.held)
@@ -108,7 +113,11 @@ class Sweep:
 def sweep(job: Sweep) -> dict[str, Any]:
     """The dose-response of a saved adapter: table, plot, samples. Raises UserError for what was typed wrong."""
     need_matplotlib()
-    make(job.out)
+    with making(job.out):
+        return swept(job)
+
+
+def swept(job: Sweep) -> dict[str, Any]:
     clock, contrasted = Clock(), read_pairs(job.pairs, job.seed)
     judge, prompts = Judge(contrasted), contrasted.prompts(PROMPTS)
     with clock("model"):
@@ -131,11 +140,6 @@ def sweep(job: Sweep) -> dict[str, Any]:
     }  # fmt: skip
     written(job.out, summary, response, {"Doses": str(response)})
     return summary
-
-
-def make(out: Path) -> None:
-    with asked_by_user(f"--out {out}", OSError):
-        out.mkdir(parents=True, exist_ok=True)
 
 
 def saved(model: Any, path: Path) -> ll.Adapter:
