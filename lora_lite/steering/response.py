@@ -58,6 +58,8 @@ def dose_response(
 
     Raises ValueError for no doses or prompts, an unknown measure, or a function that does not return one finite number per text.
     """
+    if not callable(score):
+        raise TypeError(f"score is a function of texts, a list, to one number each; got {type(score).__name__} {score!r:.60}")
     how = Writing(max_new_tokens, temperature, samples, seed, max_rows, progress, generate)
     asked, named, doses = as_prompts(prompts, tokenizer), measures(coherence), check_doses(cs)
     if null is adapter:

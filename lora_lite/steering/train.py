@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -152,7 +152,12 @@ def fresh(
 def parted(
     pairs: ContrastivePairs, validation: float | ContrastivePairs | None, seed: int
 ) -> tuple[ContrastivePairs, ContrastivePairs | None]:
-    """(to train on, held out)."""
+    """(to train on, held out). Raises TypeError for what is neither."""
+    for name, given in (("pairs", pairs), ("validation", validation)):
+        if not isinstance(given, ContrastivePairs) and (name == "pairs" or isinstance(given, str | Iterable)):
+            raise TypeError(
+                f"{name} is {type(given).__name__} {given!r:.60}; make it ll.ContrastivePairs(...), or ContrastivePairs.from_jsonl(path)"
+            )
     if validation is None or isinstance(validation, ContrastivePairs):
         return pairs, validation or None
     return pairs.split(validation, seed)
