@@ -379,7 +379,7 @@ def test_gradual_is_claimed_of_what_was_resolved() -> None:
     claimed = [noisy(dict.fromkeys(RISING, 0.5), 0.1, seed=seed) for seed in range(200)]
     assert all(f.stretch() for f in claimed) and sum(f.gradual() is not None for f in claimed) <= 10, "of noise hardly ever"
     lost = noisy(dict.fromkeys(RISING, 0.5), 0.1)
-    assert lost.gradual() is None and "not clear of its standard errors; number of prompts: 8" in lost.way()
+    assert lost.gradual() is None and "the change of trait is not clear of its standard errors" in lost.way()
 
 
 def test_a_switch_is_not_called_gradual() -> None:

@@ -197,7 +197,7 @@ class DoseResponse:
         low, high = (f"{c:.3g}" for c in found)
         if self.gradual(least):
             return f"{self.trait} is gradual from c = {low} to {high}"
-        why = f"what {self.trait} moves by is not clear of its standard errors; number of prompts: {len(self.prompts)}"
+        why = f"the change of {self.trait} is not clear of its standard errors over the prompts"
         if self._clear(found):
             why = (
                 f"{self.trait} changes from c = {low} to {high}, and there are {self._between(found)} doses in between, of {INSIDE} needed"
