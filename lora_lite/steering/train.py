@@ -54,7 +54,8 @@ def train_steering(
     Each step sees `batch_size` pairs, both texts of each, at both poles: in one forward with a c per row where the variant allows
     it, in one forward per pole where it does not. loss = margin_nll(cap) + kl * reference_kl, summed over the poles.
 
-    validation    share of the pairs to hold out, pairs of their own, or None
+    validation    share of the pairs to hold out (one at least; of one there is no effect size, and fewer than ten say little), pairs of
+                  their own, or None
     checks, keep  how often to look at the held-out pairs, besides at the start; "best" keeps the weights with the least loss there
                   (without validation, the last), "last" the last
     lr, warmup, clip   AdamW without decay; linear warm-up over a share of the steps, then cosine to 0; norm of the gradient at most
