@@ -131,7 +131,10 @@ class HistoryBake:
         compiled.notice_hooks()
 
     def remove(self) -> None:
-        """Take it off: the model is as it was before, bit for bit. Twice is harmless; the history is then empty."""
+        """Take it off: the model is as it was before, bit for bit. Twice is harmless.
+
+        The history is then an empty one on this model, as if it had just been made of nothing: `push` puts it on again.
+        """
         for layer, hook in self._hooks():
             hook.hold(layer, Content())
         self._baked.kept.clear()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lite.config import as_patterns
 from lora_lite.dial import DIALS, Block, Coefficient, Dial, Setting, Varied, current_task
 
 Schedule = Callable[[Tensor], Any]  # positions (B, T), whole numbers from 0 -> c of that shape, or a number
@@ -74,8 +75,9 @@ class LayerSetting(VariedSetting):
 def by_layer(c: Mapping[str, Coefficient], targets: Iterable[str]) -> ByLayer:
     """The c of each target: `{r"layers\\.3\\.": 2.0, "": 1.0}` are regexes searched in the full name, the first that is found wins.
 
-    Raises ValueError for a regex that finds no target, and for targets that none finds: "" as the last one finds the rest.
+    Raises ValueError for a key that is no regex or finds no target, and for targets that none finds: "" as the last one finds the rest.
     """
+    as_patterns(list(c), "c by layer")
     targets, found = list(targets), ByLayer()
     for target in targets:
         for pattern, value in c.items():
@@ -145,8 +147,15 @@ def scheduled(model: nn.Module, dial: Dial, schedule: Schedule) -> Iterator[None
 
 
 def at_positions(schedule: Schedule, where: Tensor) -> Tensor:
-    """The schedule's c (B, T) at positions (B, T). Raises ValueError where it returns another shape."""
-    c = torch.as_tensor(schedule(where), device=where.device)
+    """The schedule's c (B, T) at positions (B, T). Raises ValueError where it returns another shape, TypeError for no numbers."""
+    found = schedule(where)
+    try:
+        c = torch.as_tensor(found, device=where.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"the schedule returned {type(found).__name__} {found!r:.60} as c; return a number, or one per position, as in "
+            "lambda position: 1.5 * (position >= 10)"
+        ) from error
     try:
         return (c if c.is_floating_point() else c.float()).expand(where.shape)
     except RuntimeError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loguru import logger
 
 import lora_lite as ll
 from lora_lite.cli import app, demo
@@ -36,6 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[demo.Job]:
         jobs.append(job)
         dose = {"c": 0.0, "trait": 0.5, "perplexity": 9.0}
         return {"title": "t", "ok": job.seed != 13, "checks": {"all": True}, "trait": "P(x)", "gradual_region": (-0.5, 0.5),
+                "way": "P(x) is gradual",
                 "doses": [dose], "seconds": {"all": 1.0}, "files": []}  # fmt: skip
 
     monkeypatch.setattr(demo, "demo", instead)
@@ -68,7 +70,7 @@ def test_options_become_a_job(run: Any, asked: list[demo.Job], tmp_path: Path) -
 
 def test_nothing_given_is_lora_on_the_tiny_model(run: Any, asked: list[demo.Job]) -> None:
     status, out, _ = run("demo")
-    assert status == 0 and "P(x)" in out and "gradual from c = -0.5 to 0.5" in out
+    assert status == 0 and "P(x)" in out and "P(x) is gradual" in out
     assert asked[0].config == ll.LoRAConfig(r=8, alpha=16.0) and asked[0].model is None and asked[0].out == Path("out/demo")
 
 
@@ -115,8 +117,8 @@ def test_a_mistake_is_one_line_and_exit_status_2(words: list[str], said: list[st
         (f'{GOOD}\n{{"prompt": "a", "chosen": "b"}}\n', "line 2: ['rejected'] missing"),
         ('{"prompt": "a", "chosen": 3, "rejected": "c"}\n', "line 1: 'chosen' is int 3"),
         ('{"prompt": "a", "chosen": "b", "rejected": "  "}\n', "line 1: 'rejected' is empty"),
-        (f"{GOOD}\n", "1 pairs; at least 2"),
-        ("", "0 pairs; at least 2"),
+        (f"{GOOD}\n", "1 pair; at least 2"),
+        ("", "there are no pairs in it"),
     ],
 )
 def test_a_pairs_file_that_cannot_be_used_names_the_line(text: str, said: str, tmp_path: Path) -> None:
@@ -134,9 +136,18 @@ def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
         read_pairs(path, seed=0)
 
 
-def test_pairs_are_held_out_where_there_are_enough(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("n", "held"), [(2, 1), (3, 1), (5, 1), (6, 2), (9, 2), (10, 2), (20, 4)])
+def test_held_out_pairs_are_never_trained_on_and_few_are_warned_of(n: int, held: int, tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
-    path.write_text("\n".join(json.dumps({"prompt": "", "chosen": f"c{i}", "rejected": f"r{i}"}) for i in range(20)))
-    found = read_pairs(path, seed=0)
-    assert len(found.held) == 4 and len(found.train) == 16 and not set(found.held) & set(found.train)
-    assert read_pairs(path, seed=0) == found and read_pairs(path, seed=1) != found
+    path.write_text("\n".join(json.dumps({"prompt": "", "chosen": f"c{i}", "rejected": f"r{i}"}) for i in range(n)))
+    logged: list[str] = []
+    logger.enable("lora_lite")
+    sink = logger.add(logged.append, level="WARNING")  # type: ignore[arg-type]
+    try:
+        found = read_pairs(path, seed=0)
+    finally:
+        logger.remove(sink)
+    assert len(found.held) == held and len(found.train) == n - held and not set(found.held) & set(found.train)
+    assert any(f"{n} pairs, {held} of them held out" in line for line in logged) == (n < 10)
+    assert read_pairs(path, seed=0) == found
+    assert n < 20 or read_pairs(path, seed=1) != found

@@ -29,7 +29,8 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, corpus = tmp_path_factory.mktemp("room"), made_up(40)
     tiny_lm.tiny_lm(folder / "lm", corpus, TINY)
     lines = [{"prompt": "", "chosen": c, "rejected": p} for c, p in zip(corpus.code, corpus.prose, strict=True)]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name, n in (("pairs", None), ("five", 5), ("two", 2), ("none", 0)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines[:n])))
     return folder
 
 
@@ -89,6 +90,16 @@ def test_the_same_seed_gives_the_same_adapter(steered: dict[str, Any], room: Pat
     one, two = (ll.read(room / name / "adapter.safetensors") for name in ("kept", "again"))
     assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
     assert one.calibrated == two.calibrated
+
+
+def test_five_pairs_are_judged_by_one_that_was_held_out(run: Any, room: Path) -> None:
+    status, out, err = run("steer", "--model", "lm", "--pairs", "five.jsonl", "--null", "--doses", "0,1", "--out", "few", "--json", *CHEAP)
+    assert status == 0 and "five.jsonl: 5 pairs, 1 of them held out" in err, err
+    found = json.loads(out)
+    for which in ("trained", "null"):
+        assert found[which]["held_out_pairs"] == 1 and [p["effect"] for p in found[which]["poles"]] == [None, None]
+    report = (room / "few" / "report.md").read_text()
+    assert "12 steps on 4 pairs" in report and "on 1 held-out pair c=1" in report and "effect +" not in report.split("## Doses")[0]
 
 
 @pytest.mark.parametrize("variant", ["pissa", "dora", "ia3"])
@@ -209,6 +220,45 @@ def test_rounds_killed_by_the_system_go_on_to_the_same_result(run: Any, room: Pa
     assert status == 2 and "seed was 0, is 4" in err and "Traceback" not in err
 
 
+# -- Ctrl-C -------------------------------------------------------------------------------------------------------------------
+
+
+def stops(*_: Any, **__: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("command", ["steer", "sweep"])
+def test_stopped_before_anything_was_saved_leaves_no_folder(command: str, steered: Any, run: Any, room: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(ll, "train_steering" if command == "steer" else "dose_response", stops)
+    more = ["--adapter", "kept/adapter.safetensors"] if command == "sweep" else []
+    status, out, err = run(command, *STEER[1:], *more, "--out", "stop/deep")
+    assert (status, out) == (130, "") and err.endswith("lora-lite: stopped; saved in stop/deep: nothing\n")
+    assert not (room / "stop").exists()
+
+
+def test_stopped_after_the_training_says_what_there_is(run: Any, room: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ll, "calibrate_c", stops)
+    status, _, err = run(*STEER, "--out", "half", *CHEAP)
+    assert status == 130 and "stopped; saved in half: adapter.safetensors" in err
+    assert ll.read(room / "half" / "adapter.safetensors").calibrated == {}
+
+
+def test_a_mistake_leaves_no_folder(run: Any, room: Path) -> None:
+    status, _, err = run(*STEER, "--targets", "nowhere_proj", "--out", "wrong")
+    assert status == 2 and "nowhere_proj" in err and not (room / "wrong").exists()
+
+
+def test_stopped_rounds_say_that_the_same_command_goes_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_lite.steering.rounds.calibrate_c", stops)
+    status, _, err = run(*ROUNDS, "--state", "stopped rounds")
+    assert status == 130 and "the same command goes on after the last step that stopped rounds has: lora-lite rounds --model lm" in err
+
+
+def test_stopped_elsewhere_is_a_word_too(steered: Any, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_lite.cli.generate.writing_model", stops)
+    assert run("generate", "--model", "lm", "--adapter", "kept/adapter.safetensors", "--prompt", "a") == (130, "", "lora-lite: stopped\n")
+
+
 # -- mistakes -------------------------------------------------------------------------------------------------------------
 
 STEER = ["steer", "--model", "lm", "--pairs", "pairs.jsonl"]
@@ -221,6 +271,9 @@ GENERATE = ["generate", "--model", "lm", "--adapter", "absent.safetensors", "--p
         ([*STEER, "--variant", "lorra"], "lorra"),
         ([*STEER, "--doses", "one"], "--doses one: expected numbers such as"),
         ([*STEER, "--doses", "-1:1"], "--doses -1:1"),
+        ([*STEER, "--doses", "nan"], "--doses nan: expected numbers such as -1,0,1 or, for nine from -2 to 2, -2:2:9: c must be finite"),
+        ([*STEER, "--doses", "-1:1:0"], "cs is empty"),
+        (["sweep", *STEER[1:], "--adapter", "absent.safetensors", "--doses", "0,inf"], "--doses 0,inf: expected"),
         ([*STEER, "--targets", "nowhere_proj", "--out", "x"], "nowhere_proj"),
         ([*STEER[:3], "--pairs", "absent.jsonl"], "no such file"),
         (["steer", "--model", "absent", *STEER[3:]], "--model absent"),
@@ -232,6 +285,7 @@ GENERATE = ["generate", "--model", "lm", "--adapter", "absent.safetensors", "--p
         ([*STEER[:3], "--pairs", "."], "--pairs .: it is a folder"),
         (GENERATE, "there is no file absent.safetensors"),
         ([*GENERATE, "-c", "much"], "-c much: expected a number, auto or -auto"),
+        ([*GENERATE, "-c", "nan"], "-c nan: expected a number, auto or -auto"),
         ([*GENERATE, "--samples", "2"], "give a temperature"),
         ([*GENERATE, "--device", "foo"], "--device foo: nothing can be computed there; here there are cpu"),
         ([*GENERATE, "--device", "cuda:99"], "--device cuda:99: nothing can be computed there; here there are cpu"),
@@ -239,6 +293,9 @@ GENERATE = ["generate", "--model", "lm", "--adapter", "absent.safetensors", "--p
         (["sweep", *STEER[1:], "--adapter", "absent.safetensors", "--device", "foo"], "--device foo"),
         (["rounds", *STEER[1:], "--device", "foo"], "--device foo"),
         (["rounds", *STEER[1:], "--rounds", "0"], "--rounds"),
+        (["rounds", *STEER[1:3], "--pairs", "five.jsonl"], "5 pairs, of which 1 is held out; the rule needs"),
+        ([*STEER[:3], "--pairs", "two.jsonl", "--null"], "--null with --pairs two.jsonl: 1 pair is left"),
+        ([*STEER[:3], "--pairs", "none.jsonl"], "there are no pairs"),
         (["rounds", *STEER[1:], "--state", "pairs.jsonl", *CHEAP], "--state pairs.jsonl"),
     ],
     ids=lambda v: " ".join(v[-2:]) if isinstance(v, list) else "",

@@ -85,8 +85,10 @@ def test_c_moves_the_trait_from_one_side_to_the_other(done: tuple[demo.Job, dict
     assert doses[1.0]["trait"] > 0.7 and doses[-1.0]["trait"] < 0.3
     assert done[1]["loss"]["last"] < done[1]["loss"]["first"]
     assert done[1]["judge_accuracy"] == 1.0
-    low, high = done[1]["gradual_region"]
+    low, high = done[1]["gradual_region"] or (-2, 2)
     assert -2 <= low < high <= 2
+    assert ("is gradual from" in done[1]["way"]) == bool(done[1]["gradual_region"])
+    assert done[1]["way"][1:] in (done[0].out / "report.md").read_text()
 
 
 def test_the_same_seed_gives_the_same_texts_and_the_model_is_cached(room: Path, done: tuple[demo.Job, dict[str, Any]]) -> None:

@@ -323,7 +323,10 @@ def test_push_and_pop_and_remove(names: Sequence[str]) -> None:
         history.pop()
         assert_close(model(X), wanted)
     assert everything(model) == before and same_bits(model(X), results[0])
-    history.push(adapters[0], 1.0)
+    history.push(adapters[0], pairs(adapters)[0][1])
+    history.remove()
+    history.push(adapters[0], pairs(adapters)[0][1])  # one that was removed is an empty one, and may be filled again
+    assert_close(model(X), results[1])
     history.remove()
     history.remove()
     history2.remove()

@@ -126,7 +126,7 @@ def test_each_sign_has_its_own_limit(made_up: list[list[float]]) -> None:
     assert found.positive == 2.59375 and found.negative == -1.09375
     assert [b[0] for b in made_up[:1]] == [0.0] and len(made_up) == 4 and len(made_up[0]) == 1 + 2 * len(GRID)
     assert "positive c is coherent up to 2.59375" in found.verdict and "negative c is coherent up to -1.09375" in found.verdict
-    assert "coherent 0 of c=0's, floor 0.8" in found.verdict
+    assert "coherent 0x c=0's, floor 0.8x" in found.verdict
     assert [p.c for p in found.probes] == [-1.09375] * 3 + [0.0] * 3 + [2.59375] * 3
     assert [p.text for p in found.probes[:1]] == ["-1.09375"] and found.probes[0].prompt == PROMPTS[0]
 
@@ -187,6 +187,21 @@ def test_the_curve_is_what_a_sweep_measures(make: Callable[[], Any]) -> None:
         assert limit is None or [t.holds for t in found.curve if t.c == limit] == [True]
 
 
+def test_a_perplexity_that_rose_is_told_as_the_multiple_that_it_is() -> None:
+    """In the verdict, the table and the file: never a third, or 0.32, for three times as much."""
+    adapter = adapted(sdpa(), std=0.5)
+    found = calibrated(adapter, floors={"perplexity": 1 / 1.5, "distinct-3": 1e-6}, temperature=0.1)
+    rows = str(found).splitlines()[1:-1]
+    failed = [t for t in found.curve if not t.holds]
+    assert failed and all(t.numbers["perplexity"] < 1 / 1.5 for t in failed)
+    for tried, row, kept in zip(found.curve, rows, adapter.calibrated["curve"], strict=True):
+        times = 1 / tried.numbers["perplexity"]
+        assert kept["perplexity"] == pytest.approx(times) and kept["distinct-3"] == tried.numbers["distinct-3"]
+        assert f" {times:.3g}x" in row
+        assert tried.failure == ("" if tried.holds else f"perplexity {times:.3g}x c=0's, ceiling 1.5x")
+    assert "c=0's, ceiling 1.5x" in found.verdict and found.verdict == adapter.calibrated["verdict"]
+
+
 def test_the_result_is_kept_on_the_adapter_as_json() -> None:
     adapter = adapted(sdpa())
     found = calibrated(adapter)
@@ -197,7 +212,11 @@ def test_the_result_is_kept_on_the_adapter_as_json() -> None:
     assert set(kept["curve"][0]) == {"c", "holds", "distinct-3", "perplexity", "failure"}
     assert set(kept["probes"][0]) == {"c", "prompt", "text"}
     head, *rows, verdict = str(found).splitlines()
-    assert head.split() == ["c", "distinct-3", "perplexity"] and len(rows) == len(found.curve) and verdict == found.verdict
+    assert (
+        head.split() == ["c", "distinct-3", "(x", "c=0's)", "perplexity", "(x", "c=0's)"]
+        and len(rows) == len(found.curve)
+        and verdict == found.verdict
+    )
 
 
 def test_it_may_be_detached_and_calibrated_for_a_model() -> None:

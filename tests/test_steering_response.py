@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -316,6 +317,10 @@ def test_the_result_survives_json_and_prints_as_a_table() -> None:
     head, *rows, said = str(found).splitlines()
     assert "sevens" in head and "null effect" in head and "perplexity" in head
     assert [row.split()[0] for row in rows] == ["-1", "0", "1"] and "Cohen" in said
+    assert "perplexity (x c=0's)" in head
+    for row, dose in zip(rows, found.doses, strict=True):
+        there, here = found.at(0.0).coherence["perplexity"], dose.coherence["perplexity"]
+        assert row.endswith(f" {here:.3g} ({here / there:.2f}x)")
     with pytest.raises(KeyError, match=r"0\.7 was not measured"):
         found.at(0.7)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -346,8 +351,42 @@ def table(traits: dict[float, float]) -> ll.DoseResponse:
     ],
     ids=["rising", "falling", "flat", "late", "there and back"],
 )
-def test_the_gradual_stretch_is_where_the_trait_makes_its_way(curve: dict[float, float], region: tuple[float, float] | None) -> None:
-    assert table({float(c): t for c, t in curve.items()}).gradual(least=0.2) == region
+def test_the_stretch_is_where_the_trait_makes_its_way(curve: dict[float, float], region: tuple[float, float] | None) -> None:
+    found = table({float(c): t for c, t in curve.items()})
+    assert found.stretch(least=0.2) == region
+    assert found.gradual(least=0.2) is None, "of so few doses it is a place to look closer, not more"
+    assert ("no gradual stretch was resolved" if region else "hardly moves") in found.way(least=0.2)
+
+
+RISING = {c / 8: 1 / (1 + math.exp(-c)) for c in range(-8, 9)}
+
+
+def noisy(curve: dict[float, float], spread: float, prompts: int = 8, seed: int = 0) -> ll.DoseResponse:
+    draw = random.Random(seed)
+    readings = [
+        Reading(c, i, 0, "", t + draw.gauss(0, spread), {"distinct-3": 1.0, "perplexity": 9.0})
+        for c, t in sorted(curve.items())
+        for i in range(prompts)
+    ]
+    return ll.DoseResponse(("",) * prompts, "trait", ("distinct-3", "perplexity"), tuple(readings))
+
+
+def test_gradual_is_claimed_of_what_was_resolved() -> None:
+    found = noisy(RISING, 0.1)
+    assert found.gradual() == found.stretch() is not None and "trait is gradual from c = -0." in found.way()
+    assert noisy(RISING, 3.0).gradual() is None, "the same curve, lost in its standard errors"
+    assert noisy(RISING, 0.1, prompts=1).gradual() is None, "one prompt has no standard error"
+    claimed = [noisy(dict.fromkeys(RISING, 0.5), 0.1, seed=seed) for seed in range(200)]
+    assert all(f.stretch() for f in claimed) and sum(f.gradual() is not None for f in claimed) <= 10, "of noise hardly ever"
+    lost = noisy(dict.fromkeys(RISING, 0.5), 0.1)
+    assert lost.gradual() is None and "the change of trait is not clear of its standard errors" in lost.way()
+
+
+def test_a_switch_is_not_called_gradual() -> None:
+    """c=0 lies in the middle of one: a dose between the ends that proves nothing."""
+    found = noisy({c: 0.5 + 0.5 * (c > 0) - 0.5 * (c < 0) for c in RISING}, 0.01)
+    assert found.stretch() == (-0.125, 0.125) and found.gradual() is None
+    assert "from c = -0.125 to 0.125, and there are 1 doses in between, of 3 needed" in found.way()
 
 
 def test_two_sweeps_are_one_table() -> None:
@@ -371,6 +410,65 @@ def test_the_plot_shows_a_stretch_once_more_where_that_makes_it_larger(tmp_path:
     table({0.0: 0.5}).plot(tmp_path / "one dose.png")
     width = {p.name: int.from_bytes(p.read_bytes()[16:20]) for p in tmp_path.iterdir()}  # of a PNG's header
     assert width["zoomed.png"] > 1.3 * width["plain.png"] == 1.3 * width["one dose.png"] == 1.3 * width["all of it.png"]
+
+
+def drawn(found: ll.DoseResponse, monkeypatch: pytest.MonkeyPatch, **keywords: Any) -> list[Any]:
+    """The axes of its figure, row by row."""
+    from matplotlib.figure import Figure
+
+    kept: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: (self.draw_without_rendering(), kept.append(self)))
+    found.plot("never.png", **keywords)
+    return kept[0].axes
+
+
+def test_a_panel_says_of_its_stretch_what_the_doses_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    clear, lost = noisy(RISING | {-4.0: 0.0, 4.0: 1.0}, 0.02), noisy(dict.fromkeys(RISING, 0.5) | {4.0: 0.5}, 0.1)
+    ends = clear.gradual()
+    assert ends is not None
+    title = f"c from {ends[0]:.3g} to {ends[1]:.3g}"
+    assert drawn(clear, monkeypatch, zoom=ends)[1].get_title() == f"where it is gradual: {title}"
+    assert drawn(clear, monkeypatch, zoom=(-0.5, 0.3))[1].get_title() == "c from -0.5 to 0.3"
+    assert drawn(lost, monkeypatch, zoom=lost.stretch())[-3].get_title().startswith(("c from", "shaded: c from"))
+    assert drawn(clear, monkeypatch, zoom=(-3.0, 3.0))[0].get_title() == "shaded: c from -3 to 3"
+    assert len(drawn(lost, monkeypatch, zoom=lost.gradual())) == 3, "nothing to claim, no second column"
+
+
+@pytest.mark.parametrize("zoom", [(0.5, 1.0), (-1.0, -0.7), (-0.3, 0.3)])
+def test_a_zoom_shows_whole_markers_and_lines_up_to_its_edges(zoom: tuple[float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    for axis in drawn(noisy(RISING, 0.02), monkeypatch, zoom=zoom)[1::2]:
+        low, high = axis.get_xlim()
+        line, markers = axis.lines[0], axis.lines[1]
+        assert line.get_xdata()[0] <= max(low, -1.0) and line.get_xdata()[-1] >= min(high, 1.0), "the line does not end inside the panel"
+        assert not markers.get_clip_on() and len(markers.get_xdata()) >= 3
+        assert max(-1.0 - low, high - 1.0) <= 0.1, "no strip where nothing was measured"
+
+
+@pytest.mark.parametrize("zoom", [(1.0, -1.0), (0.5, 0.5), (2.0, 3.0), (math.nan, 1.0)])
+def test_a_zoom_that_is_no_stretch_of_the_doses_is_refused(zoom: tuple[float, float], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"zoom is a stretch .*from -1 to 1; got"):
+        table({-1.0: 0.0, 0.0: 0.5, 1.0: 1.0}).plot(tmp_path / "a.png", zoom=zoom)
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("worst", [1.3, 2.0, 5.0, 20.0, 500.0, 1e9])
+def test_a_perplexity_can_be_read_off(worst: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = [
+        Reading(c, i, 0, "", 0.5, {"distinct-3": 1.0, "perplexity": 7.0 * worst ** abs(c)})
+        for c in (-1.0, -0.5, 0.0, 0.5, 1.0)
+        for i in range(2)
+    ]
+    found = ll.DoseResponse(("", ""), "trait", ("distinct-3", "perplexity"), tuple(readings))
+    trait, flat, axis = drawn(found, monkeypatch)
+    low, high = axis.get_ylim()
+    shown = [t.get_text() for t in axis.get_yticklabels() if low <= t.get_position()[1] <= high]
+    assert 4 <= len(shown) <= 12 and all(float(text) > 0 for text in shown), shown
+    assert flat.get_window_extent().height < 0.65 * trait.get_window_extent().height and flat.get_ylim()[0] > 0.5
+
+
+def test_the_plot_makes_its_folder(tmp_path: Path) -> None:
+    table({0.0: 0.5, 1.0: 1.0}).plot(tmp_path / "nn" / "oo" / "x.png")
+    assert (tmp_path / "nn" / "oo" / "x.png").stat().st_size > 5000
 
 
 def test_the_plot_is_a_file(tmp_path: Path) -> None:

@@ -72,6 +72,16 @@ def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
         ll.ContrastivePairs.from_jsonl(tmp_path / "pairs.bin")
 
 
+def test_no_pairs_are_refused_and_so_is_what_holds_none(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match=r"empty\.jsonl: there are no pairs"):
+        ll.ContrastivePairs.from_jsonl(tmp_path / "empty.jsonl")
+    with pytest.raises(ValueError, match=r"no pairs; .*at least one"):
+        ll.ContrastivePairs([])
+    with pytest.raises(TypeError, match=r"from_jsonl\('pairs\.jsonl'\)"):
+        ll.ContrastivePairs("pairs.jsonl")
+
+
 def test_all_bad_pairs_are_told_at_once() -> None:
     with pytest.raises(ValueError, match=r"(?s)7 bad pairs.*pair 2: .*pair 6: .*and 2 more"):
         ll.ContrastivePairs([GIVEN[0], *[{"prompt": ""}] * 7])
@@ -663,6 +673,11 @@ def test_an_interrupted_training_leaves_the_best_weights_so_far(model: Any, monk
     assert same_state(state(adapter), seen[2]) and not model.training and torch.is_grad_enabled()
 
 
+def test_one_held_out_pair_has_no_effect_size(model: Any) -> None:
+    said = str(ll.train_steering(model, lora(model), small(), validation=small(1), **FEW))
+    assert "on 1 held-out pair c=" in said and "no effect size of one pair" in said and "effect +" not in said
+
+
 def test_held_out_checks_say_what_a_pole_does(model: Any) -> None:
     pairs, held = small(24).split(0.4)
     adapter = lora(model)
@@ -815,7 +830,7 @@ def test_bad_pairs_are_named_before_the_first_step(model: Any) -> None:
     with pytest.raises(ValueError, match=r"(?s)1 bad pairs.*no token to start from"):
         ll.train_steering(model, lora(model), pairs, validation=None, **FEW)
     with pytest.raises(ValueError, match="no pairs to train on"):
-        ll.train_steering(model, lora(model, name="b"), ll.ContrastivePairs([]), validation=None, **FEW)
+        ll.train_steering(model, lora(model, name="b"), small()[:0], validation=None, **FEW)
 
 
 # --- the null control ----------------------------------------------------------------------------------------------------------------

@@ -186,6 +186,15 @@ def test_what_a_schedule_cannot_be_is_refused() -> None:
         model.model(IDS)
     with adapter(model, c=lambda position: torch.ones(3)), pytest.raises(ValueError, match="one per position"):
         model(IDS)
+    for c, said in (("x", "str 'x'"), (None, "NoneType None"), ([1.0, "x"], "list")):
+        with adapter(model, c=lambda position, c=c: c), pytest.raises(TypeError, match=f"the schedule returned {said}.*return a number"):
+            model(IDS)
+
+
+def test_a_layer_that_is_no_regular_expression_is_named() -> None:
+    model, adapter = adapted()
+    with pytest.raises(ValueError, match=r"c by layer holds '\(', which is not a regular expression"), adapter(model, c={"(": 1.0}):
+        pass
 
 
 # -- compiled -----------------------------------------------------------------------------------------------------------

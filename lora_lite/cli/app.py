@@ -145,10 +145,9 @@ for command in (steering.steer, steering.sweep, steering.generate, steering.roun
 
 
 def readable(s: dict[str, Any]) -> str:
-    region = s["gradual_region"]
     lines = [s["title"], ""]
     lines += [f"  {name.replace('_', ' '):34} {'yes' if held else 'NO'}" for name, held in s["checks"].items()]
     lines += ["", f"  c      {s['trait']:<12} perplexity under the base"]
     lines += [f"  {d['c']:<6g} {d['trait']:<12.2f} {d['perplexity']:.1f}" for d in s["doses"] if d["c"] * 2 == round(d["c"] * 2)]
-    lines += ["", f"  the dose is gradual from c = {region[0]:g} to {region[1]:g}" if region else "  the trait hardly moves with c"]
+    lines += ["", f"  {s['way']}"]
     return "\n".join([*lines, f"  {sum(s['seconds'].values()):.0f} s; written:", *(f"    {f}" for f in s["files"])])

@@ -91,7 +91,7 @@ def seen(job: Job) -> int:
 
 def finer(response: ll.DoseResponse) -> list[float]:
     """Doses where the first sweep found the trait on its way; around 0 where it did not move."""
-    low, high = response.gradual(MOVES) or (-0.5, 0.5)
+    low, high = response.stretch(MOVES) or (-0.5, 0.5)
     return torch.linspace(low, high, FINE).tolist()
 
 
@@ -106,6 +106,7 @@ def summarise(
         "checks": dict(kept),
         "trait": response.trait,
         "gradual_region": response.gradual(MOVES),
+        "way": response.way(MOVES),
         "judge_accuracy": judge.accuracy,
         "doses": dose_rows(response),
         "loss": {"first": trained.losses[0], "last": trained.losses[-1]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,10 +64,9 @@ def parted(text: str) -> tuple[Path, str | None]:
 
 def is_dose(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return text in ("auto", "-auto")
-    return True
 
 
 def read(path: Path, i: int) -> ll.Adapter:

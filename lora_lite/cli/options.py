@@ -19,10 +19,12 @@ import lora_lite as ll
 from lora_lite.checkpoint import check_place
 from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.peft_format.folder import CONFIG
+from lora_lite.steering.writing import check_doses
 
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Base = Annotated[str, typer.Option("--model", help="Folder or hub id of a causal model.", show_default=False)]
-Pairs = Annotated[Path, typer.Option(help='JSON lines of {"prompt", "chosen", "rejected"}.', show_default=False)]
+PAIRS = 'JSON lines of {"prompt", "chosen", "rejected"}; every fifth is held out to judge by: 2 at least, tens are better.'
+Pairs = Annotated[Path, typer.Option(help=PAIRS, show_default=False)]
 Method = Annotated[str, typer.Option("--variant", help=f"The method: {', '.join(sorted(ll.REGISTRY))}.")]
 Where = Annotated[str, typer.Option("--targets", help='"all-linear" or a regex on module names.')]
 Band = Annotated[tuple[float, float], typer.Option("--layer-range", help="Band of depth, as two fractions.")]
@@ -83,9 +85,9 @@ def cs_of(text: str) -> list[float]:
     """[-1.0, 0.0, 1.0] from "-1,0,1"; nine doses from "-2:2:9"."""
     with asked_by_user(f"--doses {text}: expected numbers such as -1,0,1 or, for nine from -2 to 2, -2:2:9", ValueError, RuntimeError):
         if ":" not in text:
-            return [float(part) for part in text.split(",")]
+            return check_doses([float(part) for part in text.split(",")])
         low, high, n = text.split(":")
-        return torch.linspace(float(low), float(high), int(n)).tolist()
+        return check_doses(torch.linspace(float(low), float(high), int(n)).tolist())
 
 
 def config_of(variant: str, more: list[str] | None, steps: int, **given: Any) -> ll.AdapterConfig:

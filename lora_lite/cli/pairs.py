@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loguru import logger
+
 import lora_lite as ll
 from lora_lite.cli.corpus import Corpus
 from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.steering.pairs import EXPECTED, Pair
 
-FEW = 10  # with fewer pairs than these none is held out
+FEW = 10  # with fewer pairs than these, what the held-out ones say is said with a warning
+EVERY = 5  # of so many pairs one is held out
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ def shuffled_pairs(corpus: Corpus, seed: int) -> ll.ContrastivePairs:
 
 
 def read_pairs(path: Path, seed: int) -> Contrast:
-    """A JSONL file, one {"prompt", "chosen", "rejected"} a line; every fifth pair is held out where there are ten or more.
+    """A JSONL file, one {"prompt", "chosen", "rejected"} a line; of its pairs in a random order every fifth is held out, the first always.
 
+    So no pair that is judged by was trained on, however few there are; of fewer than ten that is one or two, which a warning says.
     Raises UserError with the number of the line that is wrong.
     """
     if not path.is_file():
@@ -52,10 +56,14 @@ def read_pairs(path: Path, seed: int) -> Contrast:
     with asked_by_user("--pairs", ValueError, OSError):
         pairs = list(ll.ContrastivePairs.from_jsonl(path))
     if len(pairs) < 2:
-        raise UserError(f"--pairs {path}: {len(pairs)} pairs; at least 2 are needed, and tens are better")
+        raise UserError(f"--pairs {path}: 1 pair; at least 2 are needed, one to train on and one to judge by, and tens are better")
     if ids := [i for i, pair in enumerate(pairs, 1) if not all(isinstance(part, str) for part in pair)]:
         raise UserError(f"--pairs {path}: pairs {ids[:5]} hold token ids; the command line judges texts, so it needs them as texts")
     random.Random(seed).shuffle(pairs)
+    held = ll.ContrastivePairs(pairs[::EVERY])
     if len(pairs) < FEW:
-        return Contrast(ll.ContrastivePairs(pairs), ll.ContrastivePairs(pairs))
-    return Contrast(ll.ContrastivePairs(p for i, p in enumerate(pairs) if i % 5), ll.ContrastivePairs(pairs[::5]))
+        logger.warning(
+            "--pairs {}: {} pairs, {} of them held out to judge by: what is said of so few says little; tens are better",
+            path, len(pairs), len(held),
+        )  # fmt: skip
+    return Contrast(ll.ContrastivePairs(p for i, p in enumerate(pairs) if i % EVERY), held)

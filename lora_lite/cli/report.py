@@ -57,12 +57,13 @@ def markdown(s: Mapping[str, Any]) -> str:
 
 def gist(s: Mapping[str, Any]) -> str:
     """The answer in a sentence."""
-    if not s["gradual_region"]:
-        return f"The dose is nearly flat: {s['trait']} moves by less than 0.2 over the sweep."
-    low, high = s["gradual_region"]
     first, last = s["doses"][0], s["doses"][-1]
     ends = f"{s['trait']} goes from {first['trait']:.2f} at c = {first['c']:g} to {last['trait']:.2f} at c = {last['c']:g}"
-    return f"{ends}; most of the way between c = {low:.2g} and c = {high:.2g}."
+    return f"{ends}. {as_sentence(s['way'])}"
+
+
+def as_sentence(said: str) -> str:
+    return f"{said[:1].upper()}{said[1:]}."
 
 
 def dose_cells(d: Mapping[str, Any]) -> tuple[str, ...]:

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import lora_lite as ll
-from lora_lite.cli.errors import asked_by_user
+from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.cli.language import Recipe, Sampling, need_matplotlib, writing_model
+from lora_lite.cli.leaving import on_stop
 from lora_lite.cli.outputs import check_writable
-from lora_lite.cli.pairs import read_pairs
+from lora_lite.cli.pairs import EVERY, read_pairs
 from lora_lite.cli.report import table
 from lora_lite.steering import Round, Rounds, plot
 from lora_lite.steering.verdict import spread
@@ -34,6 +35,7 @@ class Asked:
     recipe: Recipe = field(default_factory=Recipe)
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
+    command: str = "lora-lite rounds"
 
 
 def rounds(job: Asked) -> dict[str, Any]:
@@ -41,9 +43,15 @@ def rounds(job: Asked) -> dict[str, Any]:
     need_matplotlib()
     check_writable(f"--state {job.state}", job.state)
     contrasted = read_pairs(job.pairs, job.seed)
+    if len(contrasted.held) < 2:
+        few = f"{len(contrasted.train) + 1} pairs, of which 1 is held out"
+        raise UserError(
+            f"--pairs {job.pairs}: {few}; the rule needs a spread between held-out pairs: at least {EVERY + 1}, tens are better"
+        )
     model, tokenizer = writing_model(job.model, job.device)
     calibration = {k: v for k, v in job.sampling.keywords().items() if k != "seed"}
-    with asked_by_user(f"--state {job.state}", ValueError, RuntimeError, TypeError, OSError):
+    going_on = f"the same command goes on after the last step that {job.state} has: {job.command}"
+    with on_stop(lambda: going_on), asked_by_user(f"--state {job.state}", ValueError, RuntimeError, TypeError, OSError):
         found = ll.steering_rounds(
             model, job.config, ll.ContrastivePairs(contrasted.train), job.sampling.rows(contrasted.prompts(PROMPTS)), job.state,
             tokenizer=tokenizer, rounds=job.rounds, margin=job.margin, dose=job.dose, validation=ll.ContrastivePairs(contrasted.held),

@@ -10,11 +10,12 @@ from typing import Any
 
 import lora_lite as ll
 from lora_lite.cli import report
-from lora_lite.cli.errors import asked_by_user
+from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, machine, need_matplotlib, respond, writing_model
+from lora_lite.cli.leaving import making
 from lora_lite.cli.options import SWEPT, check_adapter_file, cs_of
-from lora_lite.cli.outputs import check_writable
 from lora_lite.cli.pairs import read_pairs
+from lora_lite.cli.report import as_sentence
 from lora_lite.cli.traits import Judge
 
 DOSES = tuple(cs_of(SWEPT))
@@ -41,10 +42,16 @@ class Steering:
 def steer(job: Steering) -> dict[str, Any]:
     """Train, calibrate, sweep, save. Returns the summary that report.json holds; raises UserError for what was typed wrong."""
     need_matplotlib()
-    make(job.out)
+    with making(job.out):
+        return steered(job)
+
+
+def steered(job: Steering) -> dict[str, Any]:
     clock, contrasted = Clock(), read_pairs(job.pairs, job.seed)
     judge, prompts = Judge(contrasted), contrasted.prompts(PROMPTS)
     pairs, held = ll.ContrastivePairs(contrasted.train), ll.ContrastivePairs(contrasted.held)
+    if job.null and len(pairs) < 2:
+        raise UserError(f"--null with --pairs {job.pairs}: 1 pair is left to train on, and shuffled labels take 2; give at least 3 pairs")
     training = asdict(job.recipe) | {"validation": held, "seed": job.seed}
     with clock("model"):
         model, tokenizer = writing_model(job.model, job.device)
@@ -110,7 +117,11 @@ def sweep(job: Sweep) -> dict[str, Any]:
     for option, path in named:
         if path is not None:
             check_adapter_file(option, path, job.model)
-    make(job.out)
+    with making(job.out):
+        return swept(job, named)
+
+
+def swept(job: Sweep, named: Sequence[tuple[str, Path | None]]) -> dict[str, Any]:
     clock, contrasted = Clock(), read_pairs(job.pairs, job.seed)
     judge, prompts = Judge(contrasted), contrasted.prompts(PROMPTS)
     with clock("model"):
@@ -136,12 +147,6 @@ def sweep(job: Sweep) -> dict[str, Any]:
     return summary
 
 
-def make(out: Path) -> None:
-    with asked_by_user(f"--out {out}", OSError):
-        out.mkdir(parents=True, exist_ok=True)
-    check_writable(f"--out {out}", out)
-
-
 def saved(model: Any, option: str, path: Path) -> ll.Adapter:
     """The adapter in a file, and a word where it is not this model's before anything is generated."""
     with asked_by_user(f"{option} {path}", ll.CheckpointError, OSError, RuntimeError, ValueError):
@@ -152,13 +157,16 @@ def saved(model: Any, option: str, path: Path) -> ll.Adapter:
 
 def measured(response: ll.DoseResponse, judge: Judge) -> dict[str, Any]:
     return {
-        "trait": response.trait, "judge_accuracy": judge.accuracy, "gradual_region": response.gradual(), "doses": dose_rows(response),
+        "trait": response.trait, "judge_accuracy": judge.accuracy, "gradual_region": response.gradual(), "way": response.way(),
+        "doses": dose_rows(response),
     }  # fmt: skip
 
 
 def held_out(trained: Any) -> dict[str, Any]:
     """What the held-out pairs said of the weights that were kept, at both poles."""
-    return {"step": trained.best_step, "poles": [asdict(pole) for pole in trained.best.poles]}
+    n = trained.pairs[1]
+    poles = [asdict(pole) | ({} if n > 1 else {"effect": None}) for pole in trained.best.poles]  # one pair has no spread
+    return {"step": trained.best_step, "held_out_pairs": n, "poles": poles}
 
 
 def files(out: Path, *names: str) -> list[str]:
@@ -169,7 +177,10 @@ def written(out: Path, summary: dict[str, Any], response: ll.DoseResponse, secti
     """Samples, and the report for people and for programs."""
     report.write_samples(out / "samples.md", response, response.cs)
     made = report.table(("what", "value"), [(k, v) for k, v in summary["made"].items()])
-    parts = [f"# {summary['title']}", "![dose response](dose_response.png)\n\nGenerated texts: [samples.md](samples.md)."]
+    parts = [
+        f"# {summary['title']}",
+        f"![dose response](dose_response.png)\n\n{as_sentence(summary['way'])} Generated texts: [samples.md](samples.md).",
+    ]
     parts += [f"## {head}\n\n```text\n{text}\n```" for head, text in sections.items()]
     parts += [f"`{summary['trait']}` is a judge's: two character n-gram models, fitted on the pairs; they put "
               f"{summary['judge_accuracy']:.0%} of held-out texts on their own side.", "## How it was made", made,
@@ -187,7 +198,9 @@ def readable(s: dict[str, Any]) -> str:
     for d in s["doses"]:
         null = f"{shown(of_null.get(d['c'])):<8}" if of_null else ""
         lines.append(f"  {d['c']:<6g} {d['trait']:<12.2f} {shown(d['effect']):<8} {null}{d['perplexity']:<11.1f} {d['distinct-3']:.2f}")
-    return "\n".join([*lines, "", f"  {sum(s['seconds'].values()):.0f} s; written:", *(f"    {f}" for f in s["files"])])
+    return "\n".join(
+        [*lines, "", f"  {s['way']}", "", f"  {sum(s['seconds'].values()):.0f} s; written:", *(f"    {f}" for f in s["files"])]
+    )
 
 
 def limit(c: float | None) -> str:

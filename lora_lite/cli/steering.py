@@ -160,7 +160,7 @@ def rounds(
 
     job = cli.Asked(
         config=config, model=model, pairs=pairs, state=state, rounds=n, margin=margin, dose=dose, device=place(device), seed=seed,
-        recipe=Recipe(steps, batch_size, lr, cap, kl, tokens), sampling=Sampling(samples, tokens, temperature, seed),
+        command=typed(), recipe=Recipe(steps, batch_size, lr, cap, kl, tokens), sampling=Sampling(samples, tokens, temperature, seed),
     )  # fmt: skip
     speak()
     tell(cli.rounds(job), cli.readable, as_json)

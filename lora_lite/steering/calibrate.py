@@ -55,7 +55,7 @@ def calibrate_c(
         with adapter(model, c=found.positive): ...
 
     mode="largest"   what is written at c is coherent relative to what c=0 writes: every measure of `coherence` (as for
-                     `ll.dose_response`) at least its floor, by name in `floors`; distinct-3 0.7, perplexity 1/3, others 0.8
+                     `ll.dose_response`) at least its floor, by name in `floors`; distinct-3 0.7, others 0.8, perplexity 1/3 (3x c=0's)
     mode="iso_kl"    KL(p_c || p_0) per token stays within `budget` (nats), over what is written at c or over given `texts`, one
                      that continues each prompt; over tokens as `aggregate` says: the mean hides a short loop, rmse and p95 do not
 
@@ -117,8 +117,7 @@ class Coherent:
         return {m.name: m.relative(values[m.name], self.reference[m.name]) for m in self.measures}
 
     def failure(self, numbers: Mapping[str, float]) -> str:
-        low = [m for m in self.measures if not numbers[m.name] >= m.floor]
-        return ", ".join(f"{m.name} {numbers[m.name]:.2g} of c=0's, floor {m.floor:.2g}" for m in low)
+        return ", ".join(said for m in self.measures if (said := m.failure(numbers[m.name])))
 
     def __str__(self) -> str:
         return "coherent"
@@ -173,7 +172,11 @@ def aggregates(values: Sequence[float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Tried:
-    """One c, and what was measured of it. `failure` says why it does not hold; empty where it does."""
+    """One c, and what was measured of it. `failure` says why it does not hold; empty where it does.
+
+    numbers   of mode="largest" each measure's coherence relative to c=0, less where it is worse (`Measure.relative`: 1/3 is a
+              perplexity of 3x c=0's); of mode="iso_kl" nats
+    """
 
     c: float
     numbers: Mapping[str, float]
@@ -258,12 +261,20 @@ class Calibration:
     probes: tuple[Probe, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON (a number that is not finite is None)."""
-        curve = [{"c": t.c, "holds": t.holds, **finite(dict(t.numbers)), "failure": t.failure} for t in self.curve]
+        """JSON (a number that is not finite is None). Of each c the curve has what is printed, as multiples of what c=0 has."""
+        curve = [{"c": t.c, "holds": t.holds, **finite(self.told(t)), "failure": t.failure} for t in self.curve]
         limits = {"positive": self.positive, "negative": self.negative, "mode": self.mode}
         return {**limits, "curve": curve, "verdict": self.verdict, "probes": [dataclasses.asdict(p) for p in self.probes]}
 
     def __str__(self) -> str:
-        names = list(self.curve[0].numbers)
-        rows = [["c", *names, ""], *([f"{t.c:g}", *(f"{t.numbers[n]:.3g}" for n in names), "" if t.holds else "fails"] for t in self.curve)]
-        return "\n".join([*aligned(rows), self.verdict])
+        times = self.mode == "largest"
+        head = [f"{name} (x c=0's)" if times else name for name in self.curve[0].numbers]
+        rows = [[f"{x:.3g}{'x' * times}" for x in self.told(t).values()] for t in self.curve]
+        shown = [[f"{t.c:g}", *row, "" if t.holds else "fails"] for t, row in zip(self.curve, rows, strict=True)]
+        return "\n".join([*aligned([["c", *head, ""], *shown]), self.verdict])
+
+    def told(self, tried: Tried) -> dict[str, float]:
+        """What people read: a perplexity that is 3x c=0's as 3, not as a coherence of a third."""
+        if self.mode != "largest":
+            return dict(tried.numbers)
+        return {name: Measure(name, 0.0).multiple(value) for name, value in tried.numbers.items()}

@@ -57,7 +57,7 @@ def rate(what: str, function: Rating, texts: list[str]) -> list[float]:
 class Measure:
     """One way to see whether text holds together. `relative` of a dose is 1 at c=0 and less where it falls apart.
 
-    perplexity   that of c=0's text over that of c's, as geometric means
+    perplexity   that of c=0's text over that of c's, as geometric means; told the other way round, as `multiple` has it
     others       the mean at c over the mean at c=0; a user's function gives more for better text
     """
 
@@ -81,6 +81,23 @@ class Measure:
         if there <= 0:
             raise ValueError(f"coherence {self.name!r} is {there} at c=0 on average: nothing can be compared with that; it must be above 0")
         return there / here if self.name == "perplexity" else here / there
+
+    def multiple(self, relative: float) -> float:
+        """How many times c=0's value the value at c is: above 1 for a perplexity that rose, below 1 for a share that fell."""
+        if self.name != "perplexity":
+            return relative
+        return 1 / relative if relative else math.inf
+
+    def times(self, relative: float, form: str = ".2f") -> str:
+        """The same in print: 1.14x."""
+        return f"{self.multiple(relative):{form}}x"
+
+    def failure(self, relative: float) -> str:
+        """Why text like that does not hold together, in words; empty where it does."""
+        if relative >= self.floor:
+            return ""
+        bound = "ceiling" if self.name == "perplexity" else "floor"
+        return f"{self.name} {self.times(relative, '.3g')} c=0's, {bound} {self.times(self.floor, '.3g')}"
 
 
 def measures(coherence: Coherence, floors: Mapping[str, float] | None = None) -> tuple[Measure, ...]:

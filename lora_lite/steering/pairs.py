@@ -36,11 +36,20 @@ class ContrastivePairs(Sequence[Pair]):
 
     Each part is a text or a list of token ids. Ids are taken as they are: nothing is put before or after them (this is how
     `tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]` becomes a prompt).
-    Raises ValueError listing every bad pair by its number (from 1; in a file its line), with what was found and expected.
+    Raises ValueError listing every bad pair by its number (from 1; in a file its line), with what was found and expected, and
+    where there are no pairs at all; TypeError for what cannot hold pairs.
     """
 
     def __init__(self, pairs: Iterable[Mapping[str, Any] | Sequence[Any]]) -> None:
+        if isinstance(pairs, str | os.PathLike):
+            raise TypeError(
+                f"ContrastivePairs takes the pairs themselves; ContrastivePairs.from_jsonl({str(pairs)!r}) reads a file of them"
+            )
+        if isinstance(pairs, Mapping) or not isinstance(pairs, Iterable):
+            raise TypeError(f"ContrastivePairs takes a list of pairs, each {EXPECTED}; got {type(pairs).__name__} {shortened(pairs)}")
         self._pairs = checked((f"pair {i}", given) for i, given in enumerate(pairs, 1))
+        if not self._pairs:
+            raise ValueError(f"there are no pairs; ContrastivePairs takes at least one, {EXPECTED}")
 
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str]) -> ContrastivePairs:
@@ -51,9 +60,9 @@ class ContrastivePairs(Sequence[Pair]):
                 lines = [(f"{name}, line {n}", line) for n, line in enumerate(file, 1) if line.strip()]
         except UnicodeDecodeError as error:
             raise ValueError(f"{name}: not UTF-8 text ({error})") from error
-        pairs = cls(())
-        pairs._pairs = checked((where, parsed(line)) for where, line in lines)
-        return pairs
+        if not lines:
+            raise ValueError(f"{name}: there are no pairs in it; expected a line for each, {EXPECTED}")
+        return cls._of(checked((where, parsed(line)) for where, line in lines))
 
     def __len__(self) -> int:
         return len(self._pairs)

@@ -71,5 +71,7 @@ class TrainingReport:
         told = f"{len(self.losses)} steps on {self.pairs[0]} pairs, {ends}, weights of step {self.best_step}"
         if self.best is None:
             return told
-        poles = "; ".join(f"c={p.c:g}: odds {p.shift:+.2f} nats (effect {p.effect:+.2f}), KL {p.kl:.3g}" for p in self.best.poles)
-        return f"{told}; on {self.pairs[1]} held-out pairs {poles}"
+        alone = self.pairs[1] == 1  # no spread, so no effect size either
+        effects = ["no effect size of one pair" if alone else f"effect {p.effect:+.2f}" for p in self.best.poles]
+        poles = [f"c={p.c:g}: odds {p.shift:+.2f} nats ({e}), KL {p.kl:.3g}" for p, e in zip(self.best.poles, effects, strict=True)]
+        return f"{told}; on {self.pairs[1]} held-out pair{'s' * (not alone)} {'; '.join(poles)}"

@@ -19,6 +19,8 @@ from lora_lite.steering.coherence import Coherence, Measure, Rating, measures, n
 from lora_lite.steering.writing import Prompt, Writing, as_prompts, check_doses, on_model, write
 
 BOTH = ("distinct-3", "perplexity")
+INSIDE = 3  # doses between the ends of a stretch that is called gradual
+CLEAR = 4.0  # standard errors of the difference of its ends
 
 
 def dose_response(
@@ -56,6 +58,8 @@ def dose_response(
 
     Raises ValueError for no doses or prompts, an unknown measure, or a function that does not return one finite number per text.
     """
+    if not callable(score):
+        raise TypeError(f"score is a function of texts, a list, to one number each; got {type(score).__name__} {score!r:.60}")
     how = Writing(max_new_tokens, temperature, samples, seed, max_rows, progress, generate)
     asked, named, doses = as_prompts(prompts, tokenizer), measures(coherence), check_doses(cs)
     if null is adapter:
@@ -110,7 +114,7 @@ class Dose:
     trait, error     mean over prompts and its standard error (None for one prompt)
     effect           see `effect_size`
     coherence        mean of each measure, geometric for perplexity
-    relative         the same relative to c=0: 1 there, less where text falls apart
+    relative         coherence relative to c=0: 1 there, less where text falls apart (0.5 for twice c=0's perplexity; print has 2.00x)
     """
 
     c: float
@@ -178,9 +182,41 @@ class DoseResponse:
         return {dose.c: dose.effect for dose in self.doses}
 
     def gradual(self, least: float = 0.0, share: float = 0.1) -> tuple[float, float] | None:
-        """The stretch of c where the trait makes its way: from `share` to 1 - `share` of its range, rising or falling.
+        """The `stretch` of c where the trait changes gradually, if that is what was measured; None where it is not.
 
-        None where its range is not above `least`: a trait that does not move has no way to make.
+        It takes three doses between the ends (one alone is c=0, which lies in the middle of a switch too), and a change from one
+        end to the other of four standard errors (the range of a dozen doses that differ by chance is three).
+        """
+        found = self.stretch(least, share)
+        return found if found and self._clear(found) and self._between(found) >= INSIDE else None
+
+    def way(self, least: float = 0.0) -> str:
+        """How the trait moves with c, in a sentence that claims no more than the doses show."""
+        if (found := self.stretch(least)) is None:
+            return f"{self.trait} hardly moves with c"
+        low, high = (f"{c:.3g}" for c in found)
+        if self.gradual(least):
+            return f"{self.trait} is gradual from c = {low} to {high}"
+        why = f"the change of {self.trait} is not clear of its standard errors over the prompts"
+        if self._clear(found):
+            why = (
+                f"{self.trait} changes from c = {low} to {high}, and there are {self._between(found)} doses in between, of {INSIDE} needed"
+            )
+        return f"no gradual stretch was resolved: {why}"
+
+    def _clear(self, ends: tuple[float, float]) -> bool:
+        first, last = map(self.at, ends)
+        errors = (first.error, last.error)
+        return None not in errors and abs(last.trait - first.trait) > CLEAR * math.hypot(*errors)  # type: ignore[arg-type]
+
+    def _between(self, ends: tuple[float, float]) -> int:
+        return sum(ends[0] < c < ends[1] for c in self.cs)
+
+    def stretch(self, least: float = 0.0, share: float = 0.1) -> tuple[float, float] | None:
+        """Where the trait makes its way, as far as these doses tell: from `share` to 1 - `share` of its range, rising or falling.
+
+        It may be a single step, or chance: a place to look closer, `gradual` is what can be claimed. None where the range is not
+        above `least`: a trait that does not move has no way to make.
         """
         doses = self.doses
         ends = doses[0].trait, doses[-1].trait
@@ -219,12 +255,14 @@ class DoseResponse:
     def plot(self, path: str | os.PathLike[str], zoom: tuple[float, float] | None = None, title: str = "") -> None:
         """Trait and coherence against c, with bands over prompts and the null control. The file's ending chooses the format.
 
-        zoom   a stretch of c to shade, and to show once more where that makes it larger: found.gradual()
-        Trait: mean and standard error; coherence: quartiles. Raises ImportError where matplotlib is not installed.
+        zoom   a stretch of c to shade, and to show once more where that makes it larger: found.gradual(), or one of your own
+        Trait: mean and standard error; coherence: quartiles. The folder is made where there is none. Raises ImportError where
+        matplotlib is not installed, ValueError for a zoom that is no stretch of the doses.
         """
         panels = [plot.Panel(f"{self.trait}\n(mean ± standard error over {len(self.prompts)} prompts)", self._trait_curves())]
         panels += [coherence_panel(name, self._coherence_curves(name)) for name in self.measures]
-        plot.against_c(path, panels, zoom, title)
+        called = "where it is gradual: " if zoom and tuple(zoom) == self.gradual() else ""
+        plot.against_c(path, panels, zoom, title, called)
 
     def _trait_curves(self) -> list[plot.Curve]:
         def curve(name: str, found: DoseResponse) -> plot.Curve:
@@ -245,12 +283,12 @@ class DoseResponse:
 
     def __str__(self) -> str:
         null = {d.c: d for d in self.null.doses} if self.null else {}
-        head = ["c", self.trait, "effect", *(["null effect"] if null else []), *(f"{name} (of c=0's)" for name in self.measures)]
+        head = ["c", self.trait, "effect", *(["null effect"] if null else []), *(f"{name} (x c=0's)" for name in self.measures)]
         rows = [head]
         for d in self.doses:
             of_null = [number(null[d.c].effect, "+.2f")] if null else []
             trait = number(d.trait, ".3f") + (f" ± {d.error:.3f}" if d.error is not None else "")
-            coherence = [f"{d.coherence[name]:.3g} ({d.relative[name]:.2f})" for name in self.measures]
+            coherence = [f"{d.coherence[name]:.3g} ({Measure(name, 0.0).times(d.relative[name])})" for name in self.measures]
             rows.append([f"{d.c:g}", trait, number(d.effect, "+.2f"), *of_null, *coherence])
         n = len(self.prompts)
         said = f"effect: (mean at c - mean at 0) / pooled standard deviation over the prompts (Cohen's d); {n} prompts"

@@ -55,6 +55,10 @@ def completion_ids(tokenizer: Any, text: Text, eos: bool) -> list[int]:
 def needed(tokenizer: Any) -> Any:
     if tokenizer is None:
         raise TypeError("pairs of texts need a tokenizer; only pairs of token ids go without one")
+    if not callable(tokenizer):
+        raise TypeError(
+            f"tokenizer is {type(tokenizer).__name__} {tokenizer!r:.60}; give the tokenizer itself, AutoTokenizer.from_pretrained(...)"
+        )
     return tokenizer
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -54,7 +54,8 @@ def train_steering(
     Each step sees `batch_size` pairs, both texts of each, at both poles: in one forward with a c per row where the variant allows
     it, in one forward per pole where it does not. loss = margin_nll(cap) + kl * reference_kl, summed over the poles.
 
-    validation    share of the pairs to hold out, pairs of their own, or None
+    validation    share of the pairs to hold out (one at least; of one there is no effect size, and fewer than ten say little), pairs of
+                  their own, or None
     checks, keep  how often to look at the held-out pairs, besides at the start; "best" keeps the weights with the least loss there
                   (without validation, the last), "last" the last
     lr, warmup, clip   AdamW without decay; linear warm-up over a share of the steps, then cosine to 0; norm of the gradient at most
@@ -152,7 +153,12 @@ def fresh(
 def parted(
     pairs: ContrastivePairs, validation: float | ContrastivePairs | None, seed: int
 ) -> tuple[ContrastivePairs, ContrastivePairs | None]:
-    """(to train on, held out)."""
+    """(to train on, held out). Raises TypeError for what is neither."""
+    for name, given in (("pairs", pairs), ("validation", validation)):
+        if not isinstance(given, ContrastivePairs) and (name == "pairs" or isinstance(given, str | Iterable)):
+            raise TypeError(
+                f"{name} is {type(given).__name__} {given!r:.60}; make it ll.ContrastivePairs(...), or ContrastivePairs.from_jsonl(path)"
+            )
     if validation is None or isinstance(validation, ContrastivePairs):
         return pairs, validation or None
     return pairs.split(validation, seed)
