@@ -280,6 +280,16 @@ def test_reference_kl_and_its_gradient_are_zero_at_the_start(how: Any) -> None:
     assert abs(found.item()) < 1e-12 and slope.abs().max().item() < 1e-12
 
 
+@pytest.mark.parametrize("k", [4, 50])
+def test_words_that_a_model_forbids_do_not_count(k: int) -> None:
+    """Logits of -inf on both sides, as a mask of a padded vocabulary gives them: the KL is that of the other words."""
+    logits, reference, _, completion = sample()
+    forbidden = F.pad(logits, (0, 3), value=-math.inf).requires_grad_()
+    found = ll.reference_kl(forbidden, F.pad(reference, (0, 3), value=-math.inf), completion, top_k=k)
+    assert_close(found.detach(), ll.reference_kl(logits, reference, completion, top_k=k))
+    assert bool(torch.isfinite(torch.autograd.grad(found, forbidden)[0]).all())
+
+
 def test_the_tail_sees_a_short_loop_that_the_mean_hides() -> None:
     reference = torch.zeros(1, 101, 9)
     logits, completion = reference.clone(), torch.ones(1, 101, dtype=torch.bool)

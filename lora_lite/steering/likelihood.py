@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lora_lite.adapter import Adapter
+from lora_lite.steering.losses import kl_terms
 from lora_lite.steering.writing import is_encoder_decoder, padded
 
 LOGITS = 2**27  # at once: half a GiB in float32, the largest tensor here
@@ -58,7 +59,7 @@ def divergence(model: Any, adapter: Adapter, c: float, starts: Sequence[Ids], te
             reference = rows.log_probs(model)
         with adapter(model, c=c):
             here = rows.log_probs(model)
-        return (here.exp() * (here - reference)).sum(-1).clamp_min(0)  # rounding may take an equal pair below 0
+        return kl_terms(here, reference).sum(-1).clamp_min(0)  # rounding may take an equal pair below 0
 
     return [x for found in by_token(model, apart, starts, texts, max_rows) for x in found]
 

@@ -81,11 +81,16 @@ def reference_kl(
 def kl_by_place(logits: Float[Tensor, "m v"], reference: Float[Tensor, "m v"], top_k: int) -> Float[Tensor, " m"]:
     q, p = wide(logits).log_softmax(-1), wide(reference).log_softmax(-1)
     if top_k >= p.shape[-1]:
-        return (p.exp() * (p - q)).sum(-1)
+        return kl_terms(p, q).sum(-1)
     p, top = p.topk(top_k)
     q = q.gather(-1, top)
     rest_p, rest_q = ((1 - x.exp().sum(-1)).clamp_min(LEAST) for x in (p, q))
-    return (p.exp() * (p - q)).sum(-1) + rest_p * (rest_p / rest_q).log()
+    return kl_terms(p, q).sum(-1) + rest_p * (rest_p / rest_q).log()
+
+
+def kl_terms(p: Float[Tensor, "*n v"], q: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
+    """p log(p / q) of log probabilities; 0 where p is 0, since a model that forbids words gives them -inf at every c."""
+    return torch.where(p.isneginf(), 0.0, p.exp() * (p - q))
 
 
 def aggregated(kl: Float[Tensor, " m"], how: Aggregate) -> Float[Tensor, ""]:
