@@ -84,12 +84,7 @@ class Hook:
 
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
         here = layer._parameters  # 0.04 us a read; layer.lora_A goes through Module.__getattr__, 0.8 us
-        try:
-            return {field: here[name] for field, name in self.fields}  # type: ignore[misc]
-        except KeyError:
-            if "_is_replica" in layer.__dict__:
-                raise replicated(self.path) from None
-            raise
+        return {field: here[name] for field, name in self.fields}  # type: ignore[misc]
 
     def anchored(self, layer: nn.Module, value: Tensor) -> Tensor | None:
         """At c = 0 without gradients, nothing. With them the value's own bits, and zero gradients for the adapter: a rank
@@ -126,11 +121,16 @@ class Hook:
         setting = stack[-1] if stack else self.dial.rest
         if setting.task != current_task():
             self.dial.stale(setting)
-        if setting.off:
-            return self.anchored(layer, x if y is None else y)
-        if setting.tensor:
-            return self.varied(layer, x, y, setting.at(self.path))
-        return self.apply(layer, x, y, setting.c)  # type: ignore[arg-type]
+        try:
+            if setting.off:
+                return self.anchored(layer, x if y is None else y)
+            if setting.tensor:
+                return self.varied(layer, x, y, setting.at(self.path))
+            return self.apply(layer, x, y, setting.c)  # type: ignore[arg-type]
+        except KeyError:
+            if "_is_replica" in layer.__dict__:
+                raise replicated(self.path) from None
+            raise
 
     def varied(self, layer: nn.Module, x: Tensor, y: Tensor | None, setting: Setting) -> Tensor | None:
         """At a c that differs between layers, rows or tokens."""
@@ -192,7 +192,8 @@ class LowRankHook(Hook):
     additive = True
 
     def apply(self, layer: nn.Module, x: Tensor, y: Tensor | None, c: float | Tensor) -> Tensor:
-        p = self.tensors(layer)
+        here = layer._parameters
+        p = {field: here[name] for field, name in self.fields}
         if self.dropout:
             x = self.dropped(layer, x)
         if self.variant.narrows:
