@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,21 +23,25 @@ from lora_lite.subspace.state import Layer, Missing, Policy, State
 from lora_lite.variants.lora import LoRAConfig
 
 
-def data(kind: Kind, together: Sequence[Block], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def data(kind: Kind, stacks: Sequence[Block], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The rows whose leading directions are the basis, for each side."""
-    first = together[0]
+    first = stacks[0]
     if kind == "flat":
-        sizes = [sum(len(x.scale) for x in together)] * 2
-        widths = max(x.B[0].numel() for x in together), max(x.A[0].numel() for x in together)
+        sizes = [sum(len(x.scale) for x in stacks)] * 2
+        widths = max(x.B[0].numel() for x in stacks), max(x.A[0].numel() for x in stacks)
     else:
-        sizes, widths = [sum(len(x.scale) * x.r for x in together)] * 2, (first.B.shape[1], first.A.shape[2])
+        sizes, widths = [sum(len(x.scale) * x.r for x in stacks)] * 2, (first.B.shape[1], first.A.shape[2])
     filled = [torch.empty(n, width, dtype=dtype, device=first.A.device) for n, width in zip(sizes, widths, strict=True)]
     at = 0
-    for x in together:
-        sides = (flat_b(x.B, widths[0]), flat_a(x.A, widths[1])) if kind == "flat" else x.weighted(dtype)
-        for rows, own in zip(filled, sides, strict=True):
-            rows[at : at + len(own)] = own
-        at += len(sides[0])
+    for x in stacks:
+        end = at + len(x.scale) * (1 if kind == "flat" else x.r)
+        Xb, Xa = (X[at:end] for X in filled)
+        if kind == "flat":
+            Xb.copy_(flat_b(x.B, widths[0]))
+            Xa.copy_(flat_a(x.A, widths[1]))
+        else:
+            x.weigh(Xb, Xa)
+        at = end
     return filled[0], filled[1]
 
 
@@ -54,26 +59,30 @@ def by_policy(kind: Kind, policy: Policy) -> Choose:
     return choose
 
 
-def build_layer(kind: Kind, policy: Policy, tasks: Sequence[str], updates: Sequence[Update], dtype: torch.dtype) -> Layer:
-    d_in, d_out = updates[0].sizes
-    together = list(blocks(updates))
-    frames = [side(kind, policy, X, dtype) for X in data(kind, together, precise(updates))]
+def together(kind: Kind, updates: Sequence[Update]) -> list[Block]:
+    """In "flat" as few as can be, since those are gone through by columns."""
+    return list(blocks(updates, sys.maxsize) if kind == "flat" else blocks(updates))
+
+
+def build_layer(kind: Kind, policy: Policy, tasks: Sequence[str], stacks: Sequence[Block], dtype: torch.dtype) -> Layer:
+    d_out, d_in = stacks[0].B.shape[1], stacks[0].A.shape[2]
+    frames = [side(kind, policy, X, dtype) for X in data(kind, stacks, precise(stacks))]
     if kind == "diag":  # direction j of one side belongs to direction j of the other
         k = min(f.k for f in frames)
         frames = [f.cut(k) for f in frames]
     b, a = frames
     wide_b, wide_a = (dataclasses.replace(f, components=wide(f.components)) for f in frames)  # once for all
-    coded = [encode(kind, wide_b, wide_a, x, dtype) for x in together]
+    coded = [encode(kind, wide_b, wide_a, x, dtype) for x in stacks]
     parts = tuple(torch.cat(column) for column in zip(*(c.parts for c in coded), strict=True))
     energy = torch.cat([c.energy for c in coded])
     lost = torch.cat([c.error for c in coded])
-    ranks, scales = tuple(u.rank for u in updates), tuple(u.scale for u in updates)
+    ranks, scales = tuple(x.r for x in stacks for _ in x.scale), tuple(s for x in stacks for s in x.scale.tolist())
     return Layer(d_in, d_out, b, a, tuple(tasks), ranks, scales, parts, energy.float(), lost.float())
 
 
-def check_values(module: str, tasks: Sequence[str], updates: Sequence[Update]) -> None:
+def check_values(module: str, tasks: Sequence[str], updates: Sequence[Update], stacks: Sequence[Block]) -> None:
     """All at once, which takes a tenth of the time, and one by one where something is wrong."""
-    if not all(finite(x.A) and finite(x.B) and finite(x.scale) for x in blocks(updates)):
+    if not all(finite(x.A) and finite(x.B) and finite(x.scale) for x in stacks):
         for task, update in zip(tasks, updates, strict=True):
             check_finite(task, module, update)
 
@@ -124,10 +133,11 @@ def build(
         updates = [having[0].read(module)]
         for s in having[1:]:
             updates.append(same_sizes(s.task, module, s.read(module), updates[0].sizes, f"adapter {having[0].task!r}"))
-        check_values(module, [s.task for s in having], updates)
-        held = dtype or precise(updates)
-        layers[module] = build_layer(kind, first, [s.task for s in having], updates, held)
-        del updates  # before the next layer's are read
+        tasks, stacks = [s.task for s in having], together(kind, updates)
+        check_values(module, tasks, updates, stacks)
+        del updates  # where they were read from files the stacks hold copies
+        layers[module] = build_layer(kind, first, tasks, stacks, dtype or precise(stacks))
+        del stacks  # before the next layer's are read
         if progress is not None:
             progress(len(layers), len(modules))
     state = State("flat" if kind == "flat" else "feature", kind, missing, policy, layers, base=base)
@@ -145,7 +155,7 @@ def config_of(state: State, task: str, config: AdapterConfig) -> LoRAConfig:
     return lora_config(config, ranks, {m: layer.scales[layer.index[task]] for m, layer in having.items()})
 
 
-def precise(updates: Sequence[Update]) -> torch.dtype:
+def precise(updates: Sequence[Update | Block]) -> torch.dtype:
     """float32, or float64 where an adapter is: 16 bits are for storage (`to`), not for a basis that is computed with."""
     dtype = torch.float32
     for u in updates:

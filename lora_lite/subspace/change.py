@@ -54,7 +54,7 @@ def absorb(state: State, source: Source) -> State:
         layers[module] = (
             absorbed(state, old, source.task, update)
             if old is not None
-            else build_layer(state.kind, state.policy, [source.task], [update], precise([update]))
+            else build_layer(state.kind, state.policy, [source.task], [block([update])], precise([update]))
         )
     return admitted(dataclasses.replace(state, layers=layers), source)
 
@@ -123,7 +123,8 @@ def appended(layer: Apart, task: str, update: Update) -> Layer:
 def grown(kind: Kind, layer: Layer, new: Block) -> tuple[Grown, Grown]:
     """Both sides with the update's directions added: residual QR."""
     if kind != "flat":
-        Xb, Xa = new.weighted(torch.float64)
+        Xb, Xa = (torch.empty(new.r, d, dtype=torch.float64, device=new.A.device) for d in (layer.d_out, layer.d_in))
+        new.weigh(Xb, Xa)
         return grow(layer.b, Xb.T), grow(layer.a, Xa.T)
     n = len(layer.tasks)
     wide_b, wide_a = widened(layer.b, new.B.numel()), widened(layer.a, new.A.numel())

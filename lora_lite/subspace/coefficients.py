@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.subspace.block import Block
-from lora_lite.subspace.frame import Frame
+from lora_lite.subspace.frame import Frame, columns
 from lora_lite.subspace.packed import wide
 
 Kind = Literal["core", "factors", "diag", "flat"]
@@ -77,14 +77,18 @@ def nearest_diagonal(b: Frame, a: Frame, seen: Tensor) -> Tensor:
 def encode_flat(b: Frame, a: Frame, block: Block, dtype: torch.dtype) -> Coded:
     parts, energy, off = [], torch.zeros_like(block.scale), torch.zeros_like(block.scale)
     for frame, rows in ((b, flat_b(block.B, b.d)), (a, flat_a(block.A, a.d))):
-        mean = frame.centre()
+        U, mean = wide(frame.components), frame.centre()
         assert mean is not None
-        rest = rows.double()
-        energy += torch.linalg.vector_norm(rest, dim=1).square()
-        rest = rest - mean.double()
-        parts.append(frame.coordinates(rest.T).T.to(dtype))
-        off += torch.linalg.vector_norm(rest.addmm_(parts[-1].double(), wide(frame.components), alpha=-1), dim=1).square()
-    return Coded(tuple(parts), energy, off)
+        seen = U.new_zeros(len(rows), frame.k)  # |x|^2 - 2 <x, kept> + |kept|^2, as for the others
+        for where, part in columns(rows):
+            energy += torch.linalg.vector_norm(part, dim=1).square()
+            part = part - mean[where]
+            off += torch.linalg.vector_norm(part, dim=1).square()
+            seen.addmm_(part, U[:, where].T)
+        parts.append(torch.linalg.solve(frame.metric, seen.T).T.to(dtype) if frame.k else seen.to(dtype))
+        held = parts[-1].double()
+        off += ((held @ frame.metric - 2 * seen) * held).sum(1)
+    return Coded(tuple(parts), energy, off.clamp(min=0))
 
 
 def flat_a(A: Float[Tensor, "n r d_in"], width: int) -> Float[Tensor, "n width"]:

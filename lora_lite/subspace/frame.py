@@ -20,7 +20,8 @@ from lora_lite.subspace.packed import Stored, dense, wide
 CHUNK = 2**18  # numbers of a data matrix in float64 at a time, 2 MiB: they are to stay in the processor's cache
 NOISE = 1e-14  # of the largest eigenvalue of a Gram: below it is rounding (1e-7 of the largest singular value)
 SMALL = 256  # rows: below, all directions are found at once
-SETTLED = 1e-5  # of the energy caught: one more step of the iteration brings less
+SETTLED = 1e-5  # of the energy caught: one more step of the iteration would bring less
+START = 1504_05477  # a seed that no one else is likely to make up data with
 WEAK = 1e-6  # of the strongest direction's energy (1e-3 of its singular value): what float32 products may lose
 Choose = Callable[[Tensor, float], int]  # eigenvalues, descending, of this total -> how many to keep
 
@@ -54,8 +55,10 @@ class Frame:
 
     def coordinates(self, X: Float[Tensor, "*n d m"]) -> Float[Tensor, "*n k m"]:
         """Where the columns of X lie, by least squares, in float64; the mean is not subtracted here."""
-        along = wide(self.components) @ X.double()
-        return torch.linalg.solve(self.metric, along) if self.k else along
+        columns = X.movedim(-2, 0)  # all of them side by side: one product
+        along = wide(self.components) @ columns.flatten(1).double() if X.ndim > 2 else wide(self.components) @ X.double()
+        along = torch.linalg.solve(self.metric, along) if self.k else along
+        return along.unflatten(1, columns.shape[1:]).movedim(0, -2)
 
     @cached_property
     def metric(self) -> Float[Tensor, "k k"]:
@@ -116,25 +119,33 @@ def leading(X: Float[Tensor, "n d"], choose: Choose, k: int | None = None) -> tu
 def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int) -> tuple[Tensor, Tensor] | None:
     n, d = X.shape
     block, total = k + 8, float(torch.linalg.vector_norm(X)) ** 2
-    drawn = torch.randn(d, block, generator=torch.Generator().manual_seed(0)).to(X)  # in the layer's space, so in no task's gauge
-    K, mapped, caught = torch.linalg.qr(drawn).Q.T, X.new_empty(0, d), 0.0
-    while len(K) <= min(n, d) // 4:
-        new = (X @ K[-block:].T).T @ X
-        mapped = torch.cat([mapped, new])
-        if len(mapped) >= 2 * block:  # with one there is nothing to compare with
-            H = (K @ mapped.T).double()
-            values, vectors = torch.linalg.eigh((H + H.T) / 2)
-            values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-            wanted = choose(values, total)
-            now = float(values[:wanted].sum())
-            if wanted <= len(values) - block and now - caught <= SETTLED * now:
+    drawn = torch.randn(d, block, generator=torch.Generator().manual_seed(START)).to(X)  # in the layer's space: no gauge
+    new = torch.linalg.qr(drawn).Q.T
+    K, seen, mapped = X.new_empty(0, d), X.new_empty(0, n), X.new_empty(0, d)  # K, K X^T and K X^T X
+    while len(K) + block <= min(n, d) // 4:
+        K, seen = torch.cat([K, new]), torch.cat([seen, new @ X.T])  # X @ new.T takes a third longer
+        mapped = torch.cat([mapped, seen[-block:] @ X])
+        values, vectors = torch.linalg.eigh(gram(seen))
+        values, turn = values.flip(0).clamp(min=0), vectors.flip(1).T
+        wanted = choose(values, total)
+        if wanted <= len(values) - block:
+            U = turn[:wanted] @ K.double()
+            rest = torch.linalg.vector_norm(turn[:wanted] @ mapped.double() - values[:wanted, None] * U, dim=1)
+            if float(gain(values, rest)) <= SETTLED * float(values[:wanted].sum()):
                 weak = bool(wanted) and float(values[wanted - 1]) < WEAK * float(values[0])
-                return None if weak else (orthonormal(vectors[:, :wanted].T @ K.double()), values[:wanted])
-            caught = now
+                return None if weak else (orthonormal(U), values[:wanted])
+        new = mapped[-block:]
         for _ in range(2):  # as in `outside`
             new = orthonormal(new - (new @ K.T) @ K)
-        K = torch.cat([K, new])
     return None
+
+
+def gain(values: Float[Tensor, " m"], rest: Float[Tensor, " k"]) -> Tensor:
+    """What the first k eigenvalues of the m found would gain by one more step, at most, where what is left of X^T X u beside its own
+    direction has these lengths: that of [[value, rest], [rest, next]], next being the largest one not wanted. No step has to be
+    taken to see that it is not needed."""
+    apart = values[: len(rest)] - values[len(rest)]
+    return ((apart.square() + 4 * rest.square()).sqrt() - apart).sum() / 2
 
 
 def orthonormal(U: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
