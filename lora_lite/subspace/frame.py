@@ -167,19 +167,36 @@ def upright(U: Float[Tensor, "k d"]) -> tuple[Float[Tensor, "k d"], Float[Tensor
     return (Q * sign).T.contiguous(), (R.T * sign)
 
 
+def extended(W: Float[Tensor, "kn d"], k: int, noise: float) -> tuple[Float[Tensor, "kq d"], Float[Tensor, "kq kq"]]:
+    """(W, T): rows W = T C with C orthonormal and T lower triangular. The first k rows stay as they were given, nearly orthonormal; the
+    others, overwritten, hold what lay outside those; parts shorter than `noise` of it all are rounding, not directions.
+
+    By Gram matrices, which tell sizes down to 1e-8 of the largest. What comes out of the first one is the less orthogonal the smaller
+    it was, at 1e-6 of the rest by 1e-4; T, from a second one, knows.
+    """
+    G = W @ W.T
+    if noise < 1e-7 or not k:
+        Q = outside(upright(W[:k])[0], W[k:].T, noise)
+    else:
+        along = torch.linalg.solve(G[:k, :k], G[:k, k:])
+        strength, mixing = torch.linalg.eigh(G[k:, k:] - G[k:, :k] @ along)
+        real = strength > noise**2 * float(G.diagonal()[k:].sum())
+        whitening = (mixing[:, real] / strength[real].sqrt()).T.flip(0)[: W.shape[1] - k]
+        Q = torch.cat([-whitening @ along.T, whitening], dim=1) @ W
+    m = k + len(Q)
+    W, G = W[:m], G[:m, :m]
+    W[k:] = Q
+    G[k:] = Q @ W.T  # the lower triangle is all that is read
+    return W, torch.linalg.cholesky(G)
+
+
 def outside(U: Float[Tensor, "k d"], X: Float[Tensor, "d n"], noise: float) -> Float[Tensor, "q d"]:
     """Orthonormal rows for what of X lies outside the rows of U; parts shorter than `noise` of X are rounding, not directions."""
     size = float(torch.linalg.matrix_norm(X)) if X.numel() else 0.0
     if size == 0.0:
         return U.new_zeros(0, U.shape[1])
-    rest = X - U.T @ (U @ X)
-    if noise > 1e-7:
-        strength, mixing = torch.linalg.eigh(rest.T @ rest)  # a Gram in float64 tells sizes down to 1e-8 of the largest
-        Q = ((rest @ mixing) / strength.clamp(min=1e-300).sqrt())[:, strength > (noise * size) ** 2].T.flip(0)
-    else:
-        left, strength, _ = torch.linalg.svd(rest, full_matrices=False)
-        Q = left[:, strength > noise * size].T
-    Q = Q[: U.shape[1] - len(U)]
+    left, strength, _ = torch.linalg.svd(X - U.T @ (U @ X), full_matrices=False)
+    Q = left[:, strength > noise * size].T[: U.shape[1] - len(U)]
     for _ in range(2):  # twice is enough (Kahan): the first pass leaves what rounding of a small rest blew up
         Q = orthonormal(Q - (Q @ U.T) @ U)
     return Q
