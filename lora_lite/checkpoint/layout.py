@@ -54,16 +54,16 @@ def digest(metadata: Mapping[str, str], flat: Mapping[str, Tensor]) -> str:
     """sha256 over all metadata but itself and all tensors, each by sorted name, each part after its length in 8 bytes."""
     total = hashlib.sha256()
 
-    def add(*parts: bytes | memoryview) -> None:
-        for part in parts:
-            total.update(len(part).to_bytes(8, "little"))
-            total.update(part)
+    def add(*texts: str, last: bytes | memoryview = b"") -> None:
+        parts = [*(text.encode() for text in texts), last]
+        total.update(b"".join(len(p).to_bytes(8, "little") + p for p in parts[:-1]) + len(last).to_bytes(8, "little"))
+        total.update(last)
 
     for key in sorted(metadata.keys() - {"sha256"}):
-        add(key.encode(), metadata[key].encode())
+        add(key, last=metadata[key].encode())
     for name in sorted(flat):
         v = flat[name]
-        add(name.encode(), DTYPES[v.dtype].encode(), ",".join(map(str, v.shape)).encode(), raw(v))
+        add(name, DTYPES[v.dtype], ",".join(map(str, v.shape)), last=raw(v))
     return total.hexdigest()
 
 

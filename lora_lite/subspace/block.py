@@ -18,15 +18,30 @@ NUMBERS = 2**18  # of one side in a stack: 2 MiB in float64, which stays in the 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """n updates s B A of one rank, one after another."""
+    """n updates s B A of one rank, one after another; stacked when they are asked for, so that one stack is in memory at a time."""
 
-    A: Float[Tensor, "n r d_in"]
-    B: Float[Tensor, "n d_out r"]
-    scale: Float[Tensor, " n"]
+    updates: Sequence[Update]
+
+    @property
+    def A(self) -> Float[Tensor, "n r d_in"]:
+        return torch.stack([u.A for u in self.updates])
+
+    @property
+    def B(self) -> Float[Tensor, "n d_out r"]:
+        return torch.stack([u.B for u in self.updates])
+
+    @cached_property
+    def scale(self) -> Float[Tensor, " n"]:
+        return torch.tensor([u.scale for u in self.updates], dtype=torch.float64, device=self.updates[0].A.device)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(d_in, d_out)."""
+        return self.updates[0].sizes
 
     @property
     def r(self) -> int:
-        return self.A.shape[1]
+        return self.updates[0].rank
 
     @cached_property
     def grams(self) -> tuple[Float[Tensor, "n r r"], Float[Tensor, "n r r"]]:
@@ -34,7 +49,7 @@ class Block:
         B, A = self.B.double(), self.A.double()
         return B.transpose(1, 2) @ B, A @ A.transpose(1, 2)
 
-    @property
+    @cached_property
     def energy(self) -> Float[Tensor, " n"]:
         """Squared sizes of the updates, without forming one."""
         Gb, Ga = self.grams
@@ -63,10 +78,4 @@ def blocks(updates: Sequence[Update], numbers: int = NUMBERS) -> Iterator[Block]
         same = list(run)
         each = max(1, numbers // max(same[0].A.numel(), same[0].B.numel()))
         for start in range(0, len(same), each):
-            yield block(same[start : start + each])
-
-
-def block(updates: Sequence[Update]) -> Block:
-    """Of one rank."""
-    scale = torch.tensor([u.scale for u in updates], dtype=torch.float64, device=updates[0].A.device)
-    return Block(torch.stack([u.A for u in updates]), torch.stack([u.B for u in updates]), scale)
+            yield Block(same[start : start + each])

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lora_lite.subspace.apart import Apart, as_parts, held_like, rounding
 from lora_lite.subspace.bases import joined
-from lora_lite.subspace.block import Block, block
-from lora_lite.subspace.build import build_layer, by_policy, config_of, precise
+from lora_lite.subspace.block import Block
+from lora_lite.subspace.build import build_layer, by_policy, config_of, data, precise
 from lora_lite.subspace.coefficients import Coded, Kind, Parts, as_cores, flat_a, flat_b, mapped
 from lora_lite.subspace.frame import Choose, Frame, extended, upright
 from lora_lite.subspace.packed import Packed, Stored, dense, wide
@@ -53,12 +53,14 @@ def absorb(state: State, source: Source) -> State:
     layers = dict(state.layers)
     for module, update in updates.items():
         old = state.layers.get(module)
-        layers[module] = (
-            absorbed(state, old, source.task, update)
-            if old is not None
-            else build_layer(state.kind, state.policy, [source.task], [block([update])], precise([update]))
-        )
+        layers[module] = alone(state, source.task, update) if old is None else absorbed(state, old, source.task, update)
     return admitted(dataclasses.replace(state, layers=layers), source)
+
+
+def alone(state: State, task: str, update: Update) -> Layer:
+    """A layer that no task had before."""
+    stacks, dtype = [Block([update])], precise([update])
+    return build_layer(state.kind, state.policy, [task], stacks, data(state.kind, stacks, dtype), dtype)
 
 
 def admitted(state: State, source: Source) -> State:
@@ -101,7 +103,7 @@ def read_all(state: State, source: Source, new: bool = True) -> dict[str, Update
 def absorbed(state: State, layer: Layer, task: str, update: Update) -> Layer:
     if isinstance(layer, Apart):
         return appended(layer, task, update)
-    sides, own = (grown_flat if state.kind == "flat" else grown)(layer, state.kind, block([update]))
+    sides, own = (grown_flat if state.kind == "flat" else grown)(layer, state.kind, Block([update]))
     whole = dataclasses.replace(
         layer, tasks=(*layer.tasks, task), ranks=(*layer.ranks, update.rank), scales=(*layer.scales, update.scale),
         energy=torch.cat([layer.energy, own.energy.float()]),
@@ -112,12 +114,12 @@ def absorbed(state: State, layer: Layer, task: str, update: Update) -> Layer:
 def appended(layer: Apart, task: str, update: Update) -> Layer:
     parts = as_parts(update)
     off = rounding([update.rank], [update.scale], parts, held_like(parts, layer.parts))
-    return layer.joined("factors", task, update.rank, update.scale, parts, float(block([update]).energy), float(off))
+    return layer.joined("factors", task, update.rank, update.scale, parts, float(Block([update]).energy), float(off))
 
 
 def grown(layer: Layer, kind: Kind, new: Block) -> tuple[tuple[Grown, Grown], Coded]:
     """Both sides with the update's directions added, and the update in their coordinates."""
-    rows = [torch.empty(f.k + new.r, f.d, dtype=torch.float64, device=new.A.device) for f in (layer.b, layer.a)]
+    rows = [torch.empty(f.k + new.r, f.d, dtype=torch.float64, device=new.scale.device) for f in (layer.b, layer.a)]
     new.weigh(*(W[-new.r :] for W in rows))
     found, coordinates = [], []
     for W, frame, factor, other in zip(rows, (layer.b, layer.a), (new.B[0], new.A[0].T), new.grams[::-1], strict=True):

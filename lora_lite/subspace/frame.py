@@ -21,6 +21,7 @@ CHUNK = 2**18  # numbers of a data matrix in float64 at a time, 2 MiB: they are 
 NOISE = 1e-14  # of the largest eigenvalue of a Gram: below it is rounding (1e-7 of the largest singular value)
 SMALL = 256  # rows: below, all directions are found at once
 SETTLED = 1e-5  # of the energy caught: one more step of the iteration would bring less
+PROBES = 8  # random vectors whose products with a vector tell its length
 START = 1504_05477  # a seed that no one else is likely to make up data with
 WEAK = 1e-6  # of the strongest direction's energy (1e-3 of its singular value): what float32 products may lose
 Choose = Callable[[Tensor, float], int]  # eigenvalues, descending, of this total -> how many to keep
@@ -119,22 +120,25 @@ def leading(X: Float[Tensor, "n d"], choose: Choose, k: int | None = None) -> tu
 def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int) -> tuple[Tensor, Tensor] | None:
     n, d = X.shape
     block, total = k + 8, float(torch.linalg.vector_norm(X)) ** 2
-    drawn = torch.randn(d, block, generator=torch.Generator().manual_seed(START)).to(X)  # in the layer's space: no gauge
-    new = torch.linalg.qr(drawn).Q.T
-    K, seen, mapped = X.new_empty(0, d), X.new_empty(0, n), X.new_empty(0, d)  # K, K X^T and K X^T X
+    drawn = torch.randn(block + PROBES, d, generator=torch.Generator().manual_seed(START)).to(X)  # in the layer's space: no gauge
+    new, probes = orthonormal(drawn[:block]), drawn[block:]
+    K, seen, probed = X.new_empty(0, d), X.new_empty(0, n), None  # K and K X^T
     while len(K) + block <= min(n, d) // 4:
-        K, seen = torch.cat([K, new]), torch.cat([seen, new @ X.T])  # X @ new.T takes a third longer
-        mapped = torch.cat([mapped, seen[-block:] @ X])
+        if probed is None:
+            new_seen, probed = (torch.cat([new, probes]) @ X.T).split([block, PROBES])
+        else:
+            new_seen = new @ X.T
+        K, seen = torch.cat([K, new]), torch.cat([seen, new_seen])
         values, vectors = torch.linalg.eigh(gram(seen))
         values, turn = values.flip(0).clamp(min=0), vectors.flip(1).T
         wanted = choose(values, total)
         if wanted <= len(values) - block:
             U = turn[:wanted] @ K.double()
-            rest = torch.linalg.vector_norm(turn[:wanted] @ mapped.double() - values[:wanted, None] * U, dim=1)
-            if float(gain(values, rest)) <= SETTLED * float(values[:wanted].sum()):
+            rest = probed.double() @ (turn[:wanted] @ seen.double()).T - values[:wanted] * (probes.double() @ U.T)
+            if float(gain(values, rest.square().mean(0).sqrt())) <= SETTLED * float(values[:wanted].sum()):
                 weak = bool(wanted) and float(values[wanted - 1]) < WEAK * float(values[0])
                 return None if weak else (orthonormal(U), values[:wanted])
-        new = mapped[-block:]
+        new = seen[-block:] @ X
         for _ in range(2):  # as in `outside`
             new = orthonormal(new - (new @ K.T) @ K)
     return None
@@ -143,7 +147,7 @@ def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int) -> tuple[Tensor, Ten
 def gain(values: Float[Tensor, " m"], rest: Float[Tensor, " k"]) -> Tensor:
     """What the first k eigenvalues of the m found would gain by one more step, at most, where what is left of X^T X u beside its own
     direction has these lengths: that of [[value, rest], [rest, next]], next being the largest one not wanted. No step has to be
-    taken to see that it is not needed."""
+    taken to see that it is not needed, nor the product that would give those lengths: the probes know them well enough."""
     apart = values[: len(rest)] - values[len(rest)]
     return ((apart.square() + 4 * rest.square()).sqrt() - apart).sum() / 2
 
