@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,7 +14,7 @@ from lora_lite.config import AdapterConfig
 from lora_lite.subspace.apart import cheaper
 from lora_lite.subspace.bases import joined
 from lora_lite.subspace.block import Block, blocks
-from lora_lite.subspace.coefficients import Kind, Parts, encode, flat_a, flat_b
+from lora_lite.subspace.coefficients import Kind, Parts, both, encode, encode_rows
 from lora_lite.subspace.frame import Choose, Frame, leading
 from lora_lite.subspace.packed import wide
 from lora_lite.subspace.source import Source, Update, check_finite, finite, lora_config, same_sizes
@@ -42,12 +41,18 @@ def data(kind: Kind, stacks: Sequence[Block], dtype: torch.dtype, room: Rows | N
         end = at + len(x.scale) * (1 if kind == "flat" else x.r)
         Xb, Xa = (X[at:end] for X in room)
         if kind == "flat":
-            Xb.copy_(flat_b(x.B, widths[0]))
-            Xa.copy_(flat_a(x.A, widths[1]))
+            fill(Xb, x.B.transpose(1, 2))
+            fill(Xa, x.A)
         else:
             x.weigh(Xb, Xa)
         at = end
     return room
+
+
+def fill(X: Tensor, rows: Tensor) -> None:
+    """What `flat_a` and `flat_b` make, in place."""
+    X[:, : rows[0].numel()].unflatten(1, rows.shape[1:]).copy_(rows)
+    X[:, rows[0].numel() :] = 0
 
 
 def by_policy(kind: Kind, policy: Policy) -> Choose:
@@ -64,13 +69,8 @@ def by_policy(kind: Kind, policy: Policy) -> Choose:
     return choose
 
 
-def together(kind: Kind, updates: Sequence[Update]) -> list[Block]:
-    """In "flat" as few as can be, since those are gone through by columns."""
-    return list(blocks(updates, sys.maxsize) if kind == "flat" else blocks(updates))
-
-
 def build_layer(kind: Kind, policy: Policy, tasks: Sequence[str], stacks: Sequence[Block], rows: Rows, dtype: torch.dtype) -> Layer:
-    """Overwrites the rows."""
+    """Overwrites the rows of `data`."""
     d_in, d_out = stacks[0].sizes
     frames = [side(kind, policy, X, dtype) for X in rows]
     if kind == "diag":  # direction j of one side belongs to direction j of the other
@@ -78,7 +78,10 @@ def build_layer(kind: Kind, policy: Policy, tasks: Sequence[str], stacks: Sequen
         frames = [f.cut(k) for f in frames]
     b, a = frames
     wide_b, wide_a = (dataclasses.replace(f, components=wide(f.components)) for f in frames)  # once for all
-    coded = [encode(kind, wide_b, wide_a, x, dtype) for x in stacks]
+    if kind == "flat":
+        coded = [both(encode_rows(wide_b, rows[0], dtype), encode_rows(wide_a, rows[1], dtype))]
+    else:
+        coded = [encode(kind, wide_b, wide_a, x, dtype) for x in stacks]
     parts = tuple(torch.cat(column) for column in zip(*(c.parts for c in coded), strict=True))
     energy = torch.cat([c.energy for c in coded])
     lost = torch.cat([c.error for c in coded])
@@ -94,10 +97,13 @@ def check_values(kind: Kind, module: str, tasks: Sequence[str], updates: Sequenc
 
 
 def side(kind: Kind, policy: Policy, X: Tensor, dtype: torch.dtype) -> Frame:
+    """In "flat" leaves in X the rows less the mean as it is held."""
     mean = X.mean(0) if kind == "flat" else None
     if mean is not None:
-        X -= mean  # ours: `data` has made it
+        X -= mean
     U, energy = leading(X, by_policy(kind, policy), policy.num_components)
+    if mean is not None and dtype is not X.dtype:
+        X += mean - mean.to(dtype)
     return Frame(U.to(dtype), None if mean is None else mean.to(dtype), energy.float())
 
 
@@ -140,7 +146,7 @@ def build(
         updates = [having[0].read(module)]
         for s in having[1:]:
             updates.append(same_sizes(s.task, module, s.read(module), updates[0].sizes, f"adapter {having[0].task!r}"))
-        tasks, stacks = [s.task for s in having], together(kind, updates)
+        tasks, stacks = [s.task for s in having], list(blocks(updates))
         check_values(kind, module, tasks, updates, stacks)
         rows = data(kind, stacks, precise(updates), rows)
         layers[module] = build_layer(kind, first, tasks, stacks, rows, dtype or precise(updates))

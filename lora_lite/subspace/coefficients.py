@@ -75,20 +75,31 @@ def nearest_diagonal(b: Frame, a: Frame, seen: Tensor) -> Tensor:
 
 
 def encode_flat(b: Frame, a: Frame, block: Block, dtype: torch.dtype) -> Coded:
-    parts, energy, off = [], torch.zeros_like(block.scale), torch.zeros_like(block.scale)
+    sides = []
     for frame, rows in ((b, flat_b(block.B, b.d)), (a, flat_a(block.A, a.d))):
-        U, mean = wide(frame.components), frame.centre()
+        mean = frame.centre()
         assert mean is not None
-        seen = U.new_zeros(len(rows), frame.k)  # |x|^2 - 2 <x, kept> + |kept|^2, as for the others
-        for where, part in columns(rows):
-            energy += torch.linalg.vector_norm(part, dim=1).square()
-            part = part - mean[where]
-            off += torch.linalg.vector_norm(part, dim=1).square()
-            seen.addmm_(part, U[:, where].T)
-        parts.append(torch.linalg.solve(frame.metric, seen.T).T.to(dtype) if frame.k else seen.to(dtype))
-        held = parts[-1].double()
-        off += ((held @ frame.metric - 2 * seen) * held).sum(1)
-    return Coded(tuple(parts), energy, off.clamp(min=0))
+        sides.append(encode_rows(frame, rows.double() - mean, dtype))
+    return both(*sides)
+
+
+def encode_rows(frame: Frame, rest: Float[Tensor, "n d"], dtype: torch.dtype) -> Coded:
+    """One side in space "flat", of rows that the mean was taken from."""
+    U, mean = wide(frame.components), frame.centre()
+    assert mean is not None
+    seen, energy, off = U.new_zeros(len(rest), frame.k), U.new_zeros(len(rest)), U.new_zeros(len(rest))
+    for where, part in columns(rest):
+        seen.addmm_(part, U[:, where].T)
+        off += torch.linalg.vector_norm(part, dim=1).square()
+        energy += torch.linalg.vector_norm(part + mean[where], dim=1).square()
+    loadings = (torch.linalg.solve(frame.metric, seen.T).T if frame.k else seen).to(dtype)
+    held = loadings.double()
+    off += ((held @ frame.metric - 2 * seen) * held).sum(1)
+    return Coded((loadings,), energy, off.clamp(min=0))
+
+
+def both(b: Coded, a: Coded) -> Coded:
+    return Coded((*b.parts, *a.parts), b.energy + a.energy, b.error + a.error)
 
 
 def flat_a(A: Float[Tensor, "n r d_in"], width: int) -> Float[Tensor, "n width"]:
