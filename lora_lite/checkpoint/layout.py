@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -103,7 +104,12 @@ def read_tensors(source: str, file: BinaryIO, names: list[str]) -> dict[str, Ten
 
 
 def non_finite(flat: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, v in flat.items() if v.is_floating_point() and not bool(torch.isfinite(v.reshape(-1)).all())]
+    return [name for name, v in flat.items() if v.is_floating_point() and not finite(v)]
+
+
+def finite(v: Tensor) -> bool:
+    """A sum is finite only where all is; where it is not, it may have overflowed, and all is looked at (five times as long)."""
+    return math.isfinite(float(v.sum(dtype=torch.promote_types(v.dtype, torch.float32)))) or bool(torch.isfinite(v).all())
 
 
 def strict_json(text: str) -> Any:

@@ -10,6 +10,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
+from lora_lite.checkpoint import finite
 from lora_lite.config import AdapterConfig
 from lora_lite.subspace.apart import cheaper
 from lora_lite.subspace.bases import joined
@@ -17,7 +18,7 @@ from lora_lite.subspace.block import Block, blocks
 from lora_lite.subspace.coefficients import Kind, Parts, both, encode, encode_rows
 from lora_lite.subspace.frame import Choose, Frame, leading
 from lora_lite.subspace.packed import wide
-from lora_lite.subspace.source import Source, Update, check_finite, finite, lora_config, same_sizes
+from lora_lite.subspace.source import Source, Update, check_finite, lora_config, same_sizes
 from lora_lite.subspace.state import Layer, Missing, Policy, State
 from lora_lite.variants.lora import LoRAConfig
 

@@ -26,6 +26,7 @@ from lora_lite.checkpoint import (
     check_entries,
     check_format,
     check_place,
+    finite,
     listed,
     read_header,
     read_metadata,
@@ -291,11 +292,6 @@ def check_finite(task: str, module: str, update: Update) -> None:
         raise ValueError(
             f"adapter {task!r}, module {module!r}: {' and '.join(bad) or 'alpha'} holds NaN or infinite values; nothing was changed"
         )
-
-
-def finite(v: Tensor) -> bool:
-    """A sum is finite only where all is; where it is not, it may have overflowed, and all is looked at (five times as long)."""
-    return math.isfinite(float(v.sum(dtype=torch.promote_types(v.dtype, torch.float32)))) or bool(torch.isfinite(v).all())
 
 
 def same_sizes(task: str, module: str, update: Update, sizes: tuple[int, int], others: str) -> Update:
