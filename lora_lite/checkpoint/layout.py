@@ -6,11 +6,11 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, BinaryIO, NoReturn
 
-import numpy as np
 import torch
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
@@ -24,7 +24,6 @@ DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # what holds the bits of a dtype of that size
 
 
 def header(metadata: Mapping[str, str], flat: Mapping[str, Tensor]) -> bytes:
@@ -47,8 +46,8 @@ def in_place(flat: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 def raw(v: Tensor) -> memoryview:
     """A tensor's values in order, little-endian, bit for bit."""
-    whole = v.detach().contiguous().reshape(-1).view(INTEGERS[v.itemsize]).numpy()
-    return whole.astype(whole.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
+    whole = v.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return whole.data if sys.byteorder == "little" else whole.reshape(-1, v.itemsize)[:, ::-1].ravel().data
 
 
 def digest(metadata: Mapping[str, str], flat: Mapping[str, Tensor]) -> str:

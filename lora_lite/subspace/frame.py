@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -123,25 +123,31 @@ def leading(X: Float[Tensor, "n d"], choose: Choose, k: int | None = None) -> tu
 def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int) -> tuple[Tensor, Tensor] | None:
     n, d = X.shape
     block, total = k + 8, float(torch.linalg.vector_norm(X)) ** 2
-    drawn = torch.randn(block + PROBES, d, generator=torch.Generator().manual_seed(START)).to(X)  # in the layer's space: no gauge
-    new, probes = orthonormal(drawn[:block]), drawn[block:]
-    K, seen, probed = X.new_empty(0, d), X.new_empty(0, n), (probes @ X.T).double()  # K and K X^T
-    while len(K) + block <= min(n, d) // 4:
-        K, seen = torch.cat([K, new]), torch.cat([seen, new @ X.T])
+    new, probes = drawn(block, d, X.dtype, X.device)
+    K, (seen, probed) = new, (torch.cat([new, probes]) @ X.T).split([block, PROBES])  # K X^T: X K^T takes a third longer
+    while len(K) <= min(n, d) // 4:
         if len(K) > block:
             values, vectors = torch.linalg.eigh(gram(seen))
             values, turn = values.flip(0).clamp(min=0), vectors.flip(1).T
             wanted = choose(values, total)
             if wanted <= len(values) - block:
                 turn = turn[:wanted]
-                rest = probed @ seen.double().T @ turn.T - (probes @ K.T).double() @ turn.T * values[:wanted]
+                rest = probed.double() @ seen.double().T @ turn.T - (probes @ K.T).double() @ turn.T * values[:wanted]
                 if float(gain(values, rest.square().mean(0).sqrt())) <= SETTLED * float(values[:wanted].sum()):
                     weak = bool(wanted) and float(values[wanted - 1]) < WEAK * float(values[0])
                     return None if weak else (orthonormal(turn @ K.double()), values[:wanted])
         new = seen[-block:] @ X
         for _ in range(2):  # as in `outside`
             new = orthonormal(new - (new @ K.T) @ K)
+        K, seen = torch.cat([K, new]), torch.cat([seen, new @ X.T])
     return None
+
+
+@lru_cache(maxsize=4)  # a layer's two sides want the same, and so does the next layer
+def drawn(block: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Float[Tensor, "block d"], Float[Tensor, "probes d"]]:
+    """Random directions to begin with, orthonormal, and probes; in the layer's own space, so in no task's gauge. Not to be written to."""
+    both = torch.randn(block + PROBES, d, generator=torch.Generator().manual_seed(START)).to(device, dtype)
+    return orthonormal(both[:block]), both[block:]
 
 
 def gain(values: Float[Tensor, " m"], rest: Float[Tensor, " k"]) -> Tensor:
