@@ -197,7 +197,7 @@ def one_layer() -> nn.Module:
 
 
 def files(setup: Setup, vlora: Any, mine: list[ll.Adapter], theirs: list[Any]) -> Iterator[Row]:
-    """1,000 tasks on the bases of the 64; wall clock, since most of it is waiting for the disk."""
+    """1,000 tasks on the bases of the 64. By processor time neither waits for the disk; ours syncs and hashes, theirs does not."""
     sub, flat = (ll.SharedSubspace.from_adapters(mine[:N], num_components=K, space=space) for space in ("feature", "flat"))
     other = vlora.SharedSubspace.from_adapters(theirs[:N], num_components=K)
     for i in range(N, 1000):

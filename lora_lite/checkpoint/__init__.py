@@ -7,6 +7,7 @@ from lora_lite.checkpoint.layout import (
     DTYPES,
     check_entries,
     digest,
+    finite,
     header,
     in_place,
     non_finite,
@@ -22,7 +23,7 @@ from lora_lite.checkpoint.writing import as_json, check_metadata, write
 
 __all__ = [
     "CheckpointError", "Contents", "DTYPES", "FORMAT", "INSIDE", "RESERVED", "as_json", "brief", "by_target",
-    "check_digest", "check_entries", "check_format", "check_metadata", "check_place", "check_tensors", "digest",
+    "check_digest", "check_entries", "check_format", "check_metadata", "check_place", "check_tensors", "digest", "finite",
     "header", "in_place", "in_the_name_of", "is_unicode", "listed", "make_folder", "match_names", "non_finite",
     "object_from", "problem", "raw", "read", "read_header", "read_metadata", "read_tensors", "renamed", "replace",
     "shown", "strict_json", "strip_prefixes", "write",

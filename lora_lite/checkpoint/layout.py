@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, BinaryIO, NoReturn
 
-import numpy as np
 import torch
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
@@ -23,7 +24,6 @@ DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # what holds the bits of a dtype of that size
 
 
 def header(metadata: Mapping[str, str], flat: Mapping[str, Tensor]) -> bytes:
@@ -46,24 +46,24 @@ def in_place(flat: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
 
 def raw(v: Tensor) -> memoryview:
     """A tensor's values in order, little-endian, bit for bit."""
-    whole = v.detach().contiguous().reshape(-1).view(INTEGERS[v.itemsize]).numpy()
-    return whole.astype(whole.dtype.newbyteorder("<"), copy=False).view(np.uint8).data
+    whole = v.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return whole.data if sys.byteorder == "little" else whole.reshape(-1, v.itemsize)[:, ::-1].ravel().data
 
 
 def digest(metadata: Mapping[str, str], flat: Mapping[str, Tensor]) -> str:
     """sha256 over all metadata but itself and all tensors, each by sorted name, each part after its length in 8 bytes."""
     total = hashlib.sha256()
 
-    def add(*parts: bytes | memoryview) -> None:
-        for part in parts:
-            total.update(len(part).to_bytes(8, "little"))
-            total.update(part)
+    def add(*texts: str, last: bytes | memoryview = b"") -> None:
+        parts = [*(text.encode() for text in texts), last]
+        total.update(b"".join(len(p).to_bytes(8, "little") + p for p in parts[:-1]) + len(last).to_bytes(8, "little"))
+        total.update(last)
 
     for key in sorted(metadata.keys() - {"sha256"}):
-        add(key.encode(), metadata[key].encode())
+        add(key, last=metadata[key].encode())
     for name in sorted(flat):
         v = flat[name]
-        add(name.encode(), DTYPES[v.dtype].encode(), ",".join(map(str, v.shape)).encode(), raw(v))
+        add(name, DTYPES[v.dtype], ",".join(map(str, v.shape)), last=raw(v))
     return total.hexdigest()
 
 
@@ -103,7 +103,12 @@ def read_tensors(source: str, file: BinaryIO, names: list[str]) -> dict[str, Ten
 
 
 def non_finite(flat: Mapping[str, Tensor]) -> list[str]:
-    return [name for name, v in flat.items() if v.is_floating_point() and not bool(torch.isfinite(v.reshape(-1)).all())]
+    return [name for name, v in flat.items() if v.is_floating_point() and not finite(v)]
+
+
+def finite(v: Tensor) -> bool:
+    """A sum is finite only where all is; where it is not, it may have overflowed, and all is looked at (five times as long)."""
+    return math.isfinite(float(v.sum(dtype=torch.promote_types(v.dtype, torch.float32)))) or bool(torch.isfinite(v).all())
 
 
 def strict_json(text: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from lora_lite.checkpoint.contents import CheckpointError, Contents
 from lora_lite.checkpoint.words import listed, problem
@@ -13,6 +14,7 @@ INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # 
 IN_FRONT = (("module",), ("base_model", "model"))
 
 
+@lru_cache(maxsize=4096)  # a thousand adapters of one base have the same names
 def strip_prefixes(name: str) -> str:
     """A module's or parameter's name without what wrappers add to it: `module.`, `base_model.model.`, and `_orig_mod.` anywhere."""
     parts = [part for part in name.split(".") if part not in INSIDE]

@@ -7,17 +7,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lite.subspace.apart import Apart, as_parts, held_like, rounding
 from lora_lite.subspace.bases import joined
-from lora_lite.subspace.block import Block, block
-from lora_lite.subspace.build import build_layer, by_policy, config_of, precise
-from lora_lite.subspace.coefficients import Kind, Parts, as_cores, encode, flat_a, flat_b, mapped
-from lora_lite.subspace.frame import Choose, Frame, outside, upright
+from lora_lite.subspace.block import Block
+from lora_lite.subspace.build import build_layer, by_policy, config_of, data, precise
+from lora_lite.subspace.coefficients import Coded, Kind, Parts, as_cores, flat_a, flat_b, mapped
+from lora_lite.subspace.frame import Choose, Frame, extended, upright
 from lora_lite.subspace.packed import Packed, Stored, dense, wide
 from lora_lite.subspace.source import Source, Update, check_finite, same_sizes
-from lora_lite.subspace.state import Layer, State
+from lora_lite.subspace.state import Layer, State, sizes
 
 # Numbers that share a scale of 2 bytes: by bits, for bases and for coefficients. Small groups are what four bits gain most by; with
 # these they are still 7.3 times smaller than float32.
@@ -25,10 +26,11 @@ BASIS_GROUP, COEFFICIENT_GROUP = {8: 128, 4: 64}, {8: 64, 4: 32}
 
 
 class Grown(NamedTuple):
-    """One side with room for one more task: components (k + q, d) and mean in float64, the scatter of all tasks in their
-    coordinates, how old coordinates turn (k, k + q) and shift (k + q,), and the new total energy."""
+    """One side with room for one more task: rows (k + q, d) that are T C with C orthonormal, the mean, the scatter of all tasks in
+    C's coordinates, and how old ones turn into the first k of them (k, k) and shift (k + q,). In float64."""
 
-    components: Tensor
+    rows: Tensor
+    T: Tensor
     mean: Tensor | None
     scatter: Tensor
     turn: Tensor
@@ -51,12 +53,14 @@ def absorb(state: State, source: Source) -> State:
     layers = dict(state.layers)
     for module, update in updates.items():
         old = state.layers.get(module)
-        layers[module] = (
-            absorbed(state, old, source.task, update)
-            if old is not None
-            else build_layer(state.kind, state.policy, [source.task], [update], precise([update]))
-        )
+        layers[module] = alone(state, source.task, update) if old is None else absorbed(state, old, source.task, update)
     return admitted(dataclasses.replace(state, layers=layers), source)
+
+
+def alone(state: State, task: str, update: Update) -> Layer:
+    """A layer that no task had before."""
+    stacks, dtype = [Block([update])], precise([update])
+    return build_layer(state.kind, state.policy, [task], stacks, data(state.kind, stacks, dtype), dtype)
 
 
 def admitted(state: State, source: Source) -> State:
@@ -99,66 +103,69 @@ def read_all(state: State, source: Source, new: bool = True) -> dict[str, Update
 def absorbed(state: State, layer: Layer, task: str, update: Update) -> Layer:
     if isinstance(layer, Apart):
         return appended(layer, task, update)
-    kind = state.kind
-    brought = block([update])
-    grown_b, grown_a = grown(kind, layer, brought)
-    carried = carry(kind, layer, grown_b, grown_a)
-    b, a = (Frame(g.components, g.mean, torch.empty(0)) for g in (grown_b, grown_a))
-    own = encode(kind, b, a, brought)
-    parts = tuple(torch.cat([old, new]) for old, new in zip(carried, own.parts, strict=True))
-    energy = torch.cat([layer.energy.double(), own.energy])
-    lost = torch.cat([layer.lost.double(), own.error])  # the new one's is zero but for rounding: its directions are all there
+    sides, own = (grown_flat if state.kind == "flat" else grown)(layer, state.kind, Block([update]))
     whole = dataclasses.replace(
-        layer, tasks=(*layer.tasks, task), ranks=(*layer.ranks, update.rank), scales=(*layer.scales, update.scale), energy=energy.float()
-    )
-    return truncated(state, whole, (grown_b, grown_a), parts, lost)
+        layer, tasks=(*layer.tasks, task), ranks=(*layer.ranks, update.rank), scales=(*layer.scales, update.scale),
+        energy=torch.cat([layer.energy, own.energy.float()]),
+    )  # fmt: skip
+    return truncated(state, layer, whole, sides, own)
 
 
 def appended(layer: Apart, task: str, update: Update) -> Layer:
     parts = as_parts(update)
     off = rounding([update.rank], [update.scale], parts, held_like(parts, layer.parts))
-    return layer.joined("factors", task, update.rank, update.scale, parts, float(block([update]).energy), float(off))
+    return layer.joined("factors", task, update.rank, update.scale, parts, float(Block([update]).energy), float(off))
 
 
-def grown(kind: Kind, layer: Layer, new: Block) -> tuple[Grown, Grown]:
-    """Both sides with the update's directions added: residual QR."""
-    if kind != "flat":
-        Xb, Xa = new.weighted(torch.float64)
-        return grow(layer.b, Xb.T), grow(layer.a, Xa.T)
+def grown(layer: Layer, kind: Kind, new: Block) -> tuple[tuple[Grown, Grown], Coded]:
+    """Both sides with the update's directions added, and the update in their coordinates."""
+    rows = [torch.empty(f.k + new.r, f.d, dtype=torch.float64, device=new.scale.device) for f in (layer.b, layer.a)]
+    new.weigh(*(W[-new.r :] for W in rows))
+    found, coordinates = [], []
+    for W, frame, factor, other in zip(rows, (layer.b, layer.a), (new.B[0], new.A[0].T), new.grams[::-1], strict=True):
+        W[: frame.k] = frame.basis()
+        W, T = extended(W, frame.k, noise_of(frame))
+        own = torch.linalg.solve_triangular(T, W @ factor.double(), upper=False)
+        turn = T[: frame.k, : frame.k]
+        scatter = turned_energy(frame, turn, len(W)) + new.scale.square() * (own @ other[0] @ own.T)
+        found.append(Grown(W, T, None, scatter, turn, None))
+        coordinates.append(own)
+    left, right = coordinates
+    core = left @ right.T
+    error = new.energy - new.scale.square() * core.square().sum()
+    return (found[0], found[1]), Coded((core[None],) if kind == "core" else (left.T, right.T), new.energy, error.clamp(min=0))
+
+
+def grown_flat(layer: Layer, kind: Kind, new: Block) -> tuple[tuple[Grown, Grown], Coded]:
     n = len(layer.tasks)
     wide_b, wide_a = widened(layer.b, new.B.numel()), widened(layer.a, new.A.numel())
-    return (
-        grow_centred(wide_b, flat_b(new.B, wide_b.d)[0].double(), n),
-        grow_centred(wide_a, flat_a(new.A, wide_a.d)[0].double(), n),
-    )
+    x_b, x_a = flat_b(new.B, wide_b.d)[0].double(), flat_a(new.A, wide_a.d)[0].double()
+    (b, own_b, off_b), (a, own_a, off_a) = grow_centred(wide_b, x_b, n), grow_centred(wide_a, x_a, n)
+    return (b, a), Coded((own_b[None], own_a[None]), (x_b.square().sum() + x_a.square().sum())[None], (off_b + off_a)[None])
 
 
-def grow(frame: Frame, X: Tensor) -> Grown:
-    U, turn = upright(frame.basis().double())
-    Q = outside(U, X, noise=8 * torch.finfo(frame.basis().dtype).eps)
-    components = torch.cat([U, Q])
-    Z = components @ X
-    scatter = turned_energy(frame, turn, len(components)) + Z @ Z.T
-    return Grown(components, None, scatter, torch.nn.functional.pad(turn, (0, len(Q))), None)
-
-
-def grow_centred(frame: Frame, x: Tensor, n: int) -> Grown:
-    """The mean moves by (x - mean) / (n + 1); what the old loadings are measured from moves with it, along the new direction."""
+def grow_centred(frame: Frame, x: Tensor, n: int) -> tuple[Grown, Tensor, Tensor]:
+    """The mean moves by (x - mean) / (n + 1); what the old loadings are measured from moves with it, along the new direction. With
+    x's own loadings and what they miss."""
     mean = frame.centre()
     assert mean is not None
     step = x - mean.double()
-    U, turn = upright(frame.basis().double())
-    Q = outside(U, step[:, None], noise=8 * torch.finfo(frame.basis().dtype).eps)
-    components = torch.cat([U, Q])
-    z = components @ step
-    scatter = turned_energy(frame, turn, len(components)) + torch.outer(z, z) * (n / (n + 1))
-    return Grown(components, mean.double() + step / (n + 1), scatter, torch.nn.functional.pad(turn, (0, len(Q))), -z / (n + 1))
+    W, T = extended(torch.cat([wide(frame.components), step[None]]), frame.k, noise_of(frame))
+    z = torch.linalg.solve_triangular(T, (W @ step)[:, None], upper=False)[:, 0]
+    turn = T[: frame.k, : frame.k]
+    scatter = turned_energy(frame, turn, len(W)) + torch.outer(z, z) * (n / (n + 1))
+    own = z * (n / (n + 1))
+    off = (step.square().sum() * (n / (n + 1)) ** 2 - own.square().sum()).clamp(min=0)
+    return Grown(W, T, mean.double() + step / (n + 1), scatter, turn, -z / (n + 1)), own, off
+
+
+def noise_of(frame: Frame) -> float:
+    return 8 * torch.finfo(frame.basis().dtype).eps
 
 
 def turned_energy(frame: Frame, turn: Tensor, size: int) -> Tensor:
-    scatter = turn.new_zeros(size, size)
-    scatter[: frame.k, : frame.k] = turn.T @ (frame.energy.double()[:, None] * turn)
-    return scatter
+    more = size - frame.k
+    return F.pad(turn.T @ (frame.energy.double()[:, None] * turn), (0, more, 0, more))
 
 
 def widened(frame: Frame, width: int) -> Frame:
@@ -166,33 +173,40 @@ def widened(frame: Frame, width: int) -> Frame:
     more = max(0, width - frame.d)
     mean = frame.centre()
     assert mean is not None
-    pad = torch.nn.functional.pad
-    return frame if not more else Frame(pad(frame.basis(), (0, more)), pad(mean, (0, more)), frame.energy)
+    return frame if not more else Frame(F.pad(frame.basis(), (0, more)), F.pad(mean, (0, more)), frame.energy)
 
 
-def carry(kind: Kind, layer: Layer, b: Grown, a: Grown) -> Parts:
-    """Every old task in the grown coordinates: the same update, to rounding."""
-    parts = mapped(kind, layer.all_parts(), b.turn, a.turn)
-    if kind != "flat":
+def carry(kind: Kind, parts: Parts, b: Grown, a: Grown) -> Parts:
+    """Every old task in the grown coordinates: the same update, to rounding. Only a mean that moves needs the new ones of them."""
+    parts = mapped(kind, parts, b.turn, a.turn)
+    if b.shift is None or a.shift is None:
         return parts
-    assert b.shift is not None and a.shift is not None
-    return parts[0] + b.shift, parts[1] + a.shift
+    return F.pad(parts[0], (0, len(b.T) - len(b.turn))) + b.shift, F.pad(parts[1], (0, len(a.T) - len(a.turn))) + a.shift
 
 
-def truncated(state: State, layer: Layer, sides: tuple[Grown, Grown], parts: Parts, lost: Tensor) -> Layer:
+def truncated(state: State, layer: Layer, whole: Layer, sides: tuple[Grown, Grown], own: Coded) -> Layer:
     """Onto the leading directions of all tasks together; what each task loses is added to its bound."""
-    kind, dtype = state.kind, layer.b.basis().dtype
+    kind, dtype, old = state.kind, layer.b.basis().dtype, layer.all_parts()
     choices = [as_many(f) if state.policy.budget_bytes is not None else by_policy(kind, state.policy) for f in (layer.b, layer.a)]
-    turned = [strongest(g.scatter, choose, explained_of(kind, layer)) for g, choose in zip(sides, choices, strict=True)]
-    (Rb, energy_b), (Ra, energy_a) = turned
-    kept = mapped(kind, parts, Rb, Ra)
-    gone = (layer.measure(kind, parts) - layer.measure(kind, kept)).clamp(min=0)
+    (Rb, energy_b), (Ra, energy_a) = (
+        strongest(g.scatter, choose, explained_of(kind, whole)) for g, choose in zip(sides, choices, strict=True)
+    )
+    carried = carry(kind, old, *sides)
+    before = torch.cat([layer.measure(kind, carried), sizes(kind, own.parts, whole.ranks[-1:], whole.weights()[-1:])])
+    turned = (mapped(kind, p, Rb[: p[0].shape[1]], Ra[: p[-1].shape[-1]]) for p in (carried, own.parts))
+    kept = tuple(torch.cat(pair) for pair in zip(*turned, strict=True))
+    gone = (before - whole.measure(kind, kept)).clamp(min=0)
     b, a = (
-        Frame((R.T @ g.components).to(dtype), None if g.mean is None else g.mean.to(dtype), energy.float())
+        Frame(
+            (torch.linalg.solve_triangular(g.T, R.T, upper=False, left=False) @ g.rows).to(dtype),
+            None if g.mean is None else g.mean.to(dtype),
+            energy.float(),
+        )
         for g, R, energy in ((sides[0], Rb, energy_b), (sides[1], Ra, energy_a))
     )
+    lost = torch.cat([layer.lost.double(), own.error])  # the new one's is zero but for rounding: its directions are all there
     bound = torch.where(gone > 0, (lost.clamp(min=0).sqrt() + gone.sqrt()).square(), lost)
-    return dataclasses.replace(layer, b=b, a=a, parts=tuple(p.to(dtype) for p in kept), lost=bound.float())
+    return dataclasses.replace(whole, b=b, a=a, parts=tuple(p.to(dtype) for p in kept), lost=bound.float())
 
 
 def as_many(frame: Frame) -> Choose:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.subspace.block import Block
-from lora_lite.subspace.frame import Frame
+from lora_lite.subspace.frame import Frame, columns
 from lora_lite.subspace.packed import wide
 
 Kind = Literal["core", "factors", "diag", "flat"]
@@ -75,16 +75,31 @@ def nearest_diagonal(b: Frame, a: Frame, seen: Tensor) -> Tensor:
 
 
 def encode_flat(b: Frame, a: Frame, block: Block, dtype: torch.dtype) -> Coded:
-    parts, energy, off = [], torch.zeros_like(block.scale), torch.zeros_like(block.scale)
+    sides = []
     for frame, rows in ((b, flat_b(block.B, b.d)), (a, flat_a(block.A, a.d))):
         mean = frame.centre()
         assert mean is not None
-        rest = rows.double()
-        energy += torch.linalg.vector_norm(rest, dim=1).square()
-        rest = rest - mean.double()
-        parts.append(frame.coordinates(rest.T).T.to(dtype))
-        off += torch.linalg.vector_norm(rest.addmm_(parts[-1].double(), wide(frame.components), alpha=-1), dim=1).square()
-    return Coded(tuple(parts), energy, off)
+        sides.append(encode_rows(frame, rows.double() - mean, dtype))
+    return both(*sides)
+
+
+def encode_rows(frame: Frame, rest: Float[Tensor, "n d"], dtype: torch.dtype) -> Coded:
+    """One side in space "flat", of rows that the mean was taken from."""
+    U, mean = wide(frame.components), frame.centre()
+    assert mean is not None
+    seen, energy, off = U.new_zeros(len(rest), frame.k), U.new_zeros(len(rest)), U.new_zeros(len(rest))
+    for where, part in columns(rest):
+        seen.addmm_(part, U[:, where].T)
+        off += torch.linalg.vector_norm(part, dim=1).square()
+        energy += torch.linalg.vector_norm(part + mean[where], dim=1).square()
+    loadings = (torch.linalg.solve(frame.metric, seen.T).T if frame.k else seen).to(dtype)
+    held = loadings.double()
+    off += ((held @ frame.metric - 2 * seen) * held).sum(1)
+    return Coded((loadings,), energy, off.clamp(min=0))
+
+
+def both(b: Coded, a: Coded) -> Coded:
+    return Coded((*b.parts, *a.parts), b.energy + a.energy, b.error + a.error)
 
 
 def flat_a(A: Float[Tensor, "n r d_in"], width: int) -> Float[Tensor, "n width"]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_lite.adapter import Adapter
 from lora_lite.lowrank import LowRank
 from lora_lite.subspace.apart import Apart
-from lora_lite.subspace.block import block, blocks
+from lora_lite.subspace.block import Block, blocks
 from lora_lite.subspace.build import Progress, data
 from lora_lite.subspace.coefficients import encode
 from lora_lite.subspace.frame import Frame, leading
@@ -126,7 +126,7 @@ def bases(updates: Sequence[Update], kb: int, ka: int) -> tuple[Frame, Frame]:
 
 
 def core(b: Frame, a: Frame, u: Update) -> Tensor:
-    return u.scale * encode("core", b, a, block([u])).parts[0][0]
+    return u.scale * encode("core", b, a, Block([u])).parts[0][0]
 
 
 def energy(u: Update) -> float:

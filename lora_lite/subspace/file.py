@@ -86,7 +86,7 @@ def tensors(state: State) -> dict[str, Tensor]:
 def described(state: State) -> dict[str, Any]:
     """Everything but the tensors. Configs and lists of tasks that repeat are written once."""
     texts: dict[str, int] = {}
-    lists: dict[tuple[Any, ...], int] = {}
+    lists: dict[Having, int] = {}
     tasks = list(state.configs)
     number = {t: i for i, t in enumerate(tasks)}
     own, last = [], None
@@ -95,14 +95,13 @@ def described(state: State) -> dict[str, Any]:
         last = c
     layers = []
     for name, x in state.layers.items():
-        having = (tuple(number[t] for t in x.tasks), x.ranks, x.scales)
-        which = lists.setdefault(having, len(lists))
+        which = lists.setdefault((x.tasks, x.ranks, x.scales), len(lists))
         layers.append({"name": name, "d_in": x.d_in, "d_out": x.d_out, "having": which, "shapes": shapes(x), "apart": isinstance(x, Apart)})
     policy = {k: getattr(state.policy, k) for k in ("variance_threshold", "num_components", "budget_bytes")}
     return {
         "space": state.space, "kind": state.kind, "missing": state.missing, "bits": state.bits, "policy": policy, "base": state.base,
         "tasks": tasks, "config_of": own, "configs": [json.loads(c) for c in texts],
-        "having": [{"tasks": t, "ranks": r, "scales": s} for t, r, s in lists], "layers": layers,
+        "having": [{"tasks": [number[t] for t in ts], "ranks": r, "scales": s} for ts, r, s in lists], "layers": layers,
     }  # fmt: skip
 
 
@@ -155,7 +154,8 @@ def restored(said: dict[str, Any], flat: dict[str, Tensor]) -> State:
         raise ValueError("its tasks are not different texts with a config each")
     configs = [LoRAConfig.from_dict(c) for c in said["configs"]]
     left = dict(flat)
-    layers = {x["name"]: layer_from(i, x, said, tasks, kind, left) for i, x in enumerate(said["layers"])}
+    having = [having_from(h, tasks) for h in said["having"]]  # once for all the layers that say the same
+    layers = {x["name"]: layer_from(i, x, having[x["having"]], kind, left) for i, x in enumerate(said["layers"])}
     if left or len(layers) < len(said["layers"]):
         raise ValueError(f"tensors that no layer has: {sorted(left)[:5]}")
     by_task = {t: configs[c] for t, c in zip(tasks, said["config_of"], strict=True)}
@@ -165,7 +165,16 @@ def restored(said: dict[str, Any], flat: dict[str, Tensor]) -> State:
     return State(said["space"], kind, said["missing"], Policy(**said["policy"]), layers, by_task, said["bits"], base)
 
 
-def layer_from(i: int, x: dict[str, Any], said: dict[str, Any], tasks: list[str], kind: Kind, flat: dict[str, Tensor]) -> Layer:
+Having = tuple[tuple[str, ...], tuple[int, ...], tuple[float, ...]]  # tasks, their ranks and scales
+
+
+def having_from(said: dict[str, Any], tasks: list[str]) -> Having:
+    if not all(isinstance(r, int) and r > 0 for r in said["ranks"]):
+        raise ValueError("ranks are whole numbers from 1")
+    return tuple(tasks[t] for t in said["tasks"]), tuple(said["ranks"]), tuple(map(float, said["scales"]))
+
+
+def layer_from(i: int, x: dict[str, Any], having: Having, kind: Kind, flat: dict[str, Tensor]) -> Layer:
     packed = iter(x["shapes"])
 
     def take(name: str) -> Stored:
@@ -179,12 +188,8 @@ def layer_from(i: int, x: dict[str, Any], said: dict[str, Any], tasks: list[str]
     means = [take(f"{side}.mean") if kind == "flat" else None for side in "ba"]
     parts = tuple(take(f"parts.{j}") for j in range(2 if x["apart"] else PARTS[kind]))
     b, a = (Frame(c, m, flat.pop(f"{i}.{side}.energy")) for side, c, m in zip("ba", components, means, strict=True))
-    having = said["having"][x["having"]]
-    own = tuple(tasks[t] for t in having["tasks"])
-    layer = (Apart if x["apart"] else Layer)(
-        x["d_in"], x["d_out"], b, a, own, tuple(having["ranks"]), tuple(map(float, having["scales"])), parts,
-        flat.pop(f"{i}.energy"), flat.pop(f"{i}.lost"),
-    )  # fmt: skip
+    kinds = Apart if x["apart"] else Layer
+    layer = kinds(x["d_in"], x["d_out"], b, a, *having, parts, flat.pop(f"{i}.energy"), flat.pop(f"{i}.lost"))
     check_layer(kind, layer)
     return layer
 
@@ -214,14 +219,7 @@ def check_layer(kind: Kind, x: Layer) -> None:
         "core": [(n, kb, ka)], "diag": [(n, min(kb, ka))], "factors": [(total, kb), (total, ka)], "flat": [(n, kb), (n, ka)],
     }[kind]  # fmt: skip
     lengths = {len(x.ranks), len(x.scales), len(x.energy), len(x.lost), len(set(x.tasks))}
-    whole = all(isinstance(r, int) and r > 0 for r in x.ranks)
-    if (
-        not sizes_fit
-        or not whole
-        or [tuple(p.shape) for p in x.parts] != want
-        or lengths != {n}
-        or (len(x.b.energy), len(x.a.energy)) != (kb, ka)
-    ):
+    if not sizes_fit or [tuple(p.shape) for p in x.parts] != want or lengths != {n} or (len(x.b.energy), len(x.a.energy)) != (kb, ka):
         raise ValueError(
             f"a layer {x.d_in} -> {x.d_out} on {kb} and {ka} directions for {n} tasks has parts {[tuple(p.shape) for p in x.parts]}"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,9 @@ from lora_lite.subspace.packed import Stored, dense, wide
 CHUNK = 2**18  # numbers of a data matrix in float64 at a time, 2 MiB: they are to stay in the processor's cache
 NOISE = 1e-14  # of the largest eigenvalue of a Gram: below it is rounding (1e-7 of the largest singular value)
 SMALL = 256  # rows: below, all directions are found at once
-SETTLED = 1e-5  # of the energy caught: one more step of the iteration brings less
+SETTLED = 1e-5  # of the energy caught: one more step of the iteration would bring less
+PROBES = 8  # random vectors whose products with a vector tell its length
+START = 1504_05477  # a seed that no one else is likely to make up data with
 WEAK = 1e-6  # of the strongest direction's energy (1e-3 of its singular value): what float32 products may lose
 Choose = Callable[[Tensor, float], int]  # eigenvalues, descending, of this total -> how many to keep
 
@@ -54,8 +56,10 @@ class Frame:
 
     def coordinates(self, X: Float[Tensor, "*n d m"]) -> Float[Tensor, "*n k m"]:
         """Where the columns of X lie, by least squares, in float64; the mean is not subtracted here."""
-        along = wide(self.components) @ X.double()
-        return torch.linalg.solve(self.metric, along) if self.k else along
+        columns = X.movedim(-2, 0)  # all of them side by side: one product
+        along = wide(self.components) @ columns.flatten(1).double() if X.ndim > 2 else wide(self.components) @ X.double()
+        along = torch.linalg.solve(self.metric, along) if self.k else along
+        return along.unflatten(1, columns.shape[1:]).movedim(0, -2)
 
     @cached_property
     def metric(self) -> Float[Tensor, "k k"]:
@@ -99,13 +103,16 @@ def principal(X: Float[Tensor, "n d"], choose: Choose, dtype: torch.dtype = torc
     U, back = X.new_empty(k, d, dtype=dtype), (vectors[:, :k] / values[:k].sqrt()).T
     for where, part in columns(X, dtype):
         U[:, where] = back @ part
-    return orthonormal(U), values[:k], values
+    rounded = X.dtype is torch.float32 and dtype is torch.float64  # to 1e-8 in the strong directions, which float32 cannot hold
+    if not (rounded and k and float(values[k - 1]) > WEAK * float(values[0])):
+        U = orthonormal(U)
+    return U, values[:k], values
 
 
 def leading(X: Float[Tensor, "n d"], choose: Choose, k: int | None = None) -> tuple[Float[Tensor, "k d"], Float[Tensor, " k"]]:
     """The leading directions of the rows of X, and their energies; k where it is known how many are wanted.
 
-    A few of many are found by a block Krylov method (arXiv:1504.05477): a dozen products with X in place of a Gram matrix and all
+    A few of many are found by a block Krylov method (arXiv:1504.05477): half a dozen products with X in place of a Gram matrix and all
     its eigenvectors, 10 times faster at 1,024 rows of 2,048. What it catches is the most there is to catch within SETTLED. Exactly,
     by `principal`, where the matrix is small, too many are wanted, or some of them are WEAK.
     """
@@ -116,25 +123,39 @@ def leading(X: Float[Tensor, "n d"], choose: Choose, k: int | None = None) -> tu
 def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int) -> tuple[Tensor, Tensor] | None:
     n, d = X.shape
     block, total = k + 8, float(torch.linalg.vector_norm(X)) ** 2
-    drawn = torch.randn(d, block, generator=torch.Generator().manual_seed(0)).to(X)  # in the layer's space, so in no task's gauge
-    K, mapped, caught = torch.linalg.qr(drawn).Q.T, X.new_empty(0, d), 0.0
+    new, probes = drawn(block, d, X.dtype, X.device)
+    K, (seen, probed) = new, (torch.cat([new, probes]) @ X.T).split([block, PROBES])  # K X^T: X K^T takes a third longer
     while len(K) <= min(n, d) // 4:
-        new = (X @ K[-block:].T).T @ X
-        mapped = torch.cat([mapped, new])
-        if len(mapped) >= 2 * block:  # with one there is nothing to compare with
-            H = (K @ mapped.T).double()
-            values, vectors = torch.linalg.eigh((H + H.T) / 2)
-            values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+        if len(K) > block:
+            values, vectors = torch.linalg.eigh(gram(seen))
+            values, turn = values.flip(0).clamp(min=0), vectors.flip(1).T
             wanted = choose(values, total)
-            now = float(values[:wanted].sum())
-            if wanted <= len(values) - block and now - caught <= SETTLED * now:
-                weak = bool(wanted) and float(values[wanted - 1]) < WEAK * float(values[0])
-                return None if weak else (orthonormal(vectors[:, :wanted].T @ K.double()), values[:wanted])
-            caught = now
+            if wanted <= len(values) - block:
+                turn = turn[:wanted]
+                rest = probed.double() @ seen.double().T @ turn.T - (probes @ K.T).double() @ turn.T * values[:wanted]
+                if float(gain(values, rest.square().mean(0).sqrt())) <= SETTLED * float(values[:wanted].sum()):
+                    weak = bool(wanted) and float(values[wanted - 1]) < WEAK * float(values[0])
+                    return None if weak else (orthonormal(turn @ K.double()), values[:wanted])
+        new = seen[-block:] @ X
         for _ in range(2):  # as in `outside`
             new = orthonormal(new - (new @ K.T) @ K)
-        K = torch.cat([K, new])
+        K, seen = torch.cat([K, new]), torch.cat([seen, new @ X.T])
     return None
+
+
+@lru_cache(maxsize=4)  # a layer's two sides want the same, and so does the next layer
+def drawn(block: int, d: int, dtype: torch.dtype, device: torch.device) -> tuple[Float[Tensor, "block d"], Float[Tensor, "probes d"]]:
+    """Random directions to begin with, orthonormal, and probes; in the layer's own space, so in no task's gauge. Not to be written to."""
+    both = torch.randn(block + PROBES, d, generator=torch.Generator().manual_seed(START)).to(device, dtype)
+    return orthonormal(both[:block]), both[block:]
+
+
+def gain(values: Float[Tensor, " m"], rest: Float[Tensor, " k"]) -> Tensor:
+    """What the first k eigenvalues of the m found would gain by one more step, at most, where what is left of X^T X u beside its own
+    direction has these lengths: that of [[value, rest], [rest, next]], next being the largest one not wanted. No step has to be
+    taken to see that it is not needed, nor the product that would give those lengths: the probes know them well enough."""
+    apart = values[: len(rest)] - values[len(rest)]
+    return ((apart.square() + 4 * rest.square()).sqrt() - apart).sum() / 2
 
 
 def orthonormal(U: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
@@ -156,19 +177,36 @@ def upright(U: Float[Tensor, "k d"]) -> tuple[Float[Tensor, "k d"], Float[Tensor
     return (Q * sign).T.contiguous(), (R.T * sign)
 
 
+def extended(W: Float[Tensor, "kn d"], k: int, noise: float) -> tuple[Float[Tensor, "kq d"], Float[Tensor, "kq kq"]]:
+    """(W, T): rows W = T C with C orthonormal and T lower triangular. The first k rows stay as they were given, nearly orthonormal; the
+    others, overwritten, hold what lay outside those; parts shorter than `noise` of it all are rounding, not directions.
+
+    By Gram matrices, which tell sizes down to 1e-8 of the largest. What comes out of the first one is the less orthogonal the smaller
+    it was, at 1e-6 of the rest by 1e-4; T, from a second one, knows.
+    """
+    G = W @ W.T
+    if noise < 1e-7 or not k:
+        Q = outside(upright(W[:k])[0], W[k:].T, noise)
+    else:
+        along = torch.linalg.solve(G[:k, :k], G[:k, k:])
+        strength, mixing = torch.linalg.eigh(G[k:, k:] - G[k:, :k] @ along)
+        real = strength > noise**2 * float(G.diagonal()[k:].sum())
+        whitening = (mixing[:, real] / strength[real].sqrt()).T.flip(0)[: W.shape[1] - k]
+        Q = torch.cat([-whitening @ along.T, whitening], dim=1) @ W
+    m = k + len(Q)
+    W, G = W[:m], G[:m, :m]
+    W[k:] = Q
+    G[k:] = Q @ W.T  # the lower triangle is all that is read
+    return W, torch.linalg.cholesky(G)
+
+
 def outside(U: Float[Tensor, "k d"], X: Float[Tensor, "d n"], noise: float) -> Float[Tensor, "q d"]:
     """Orthonormal rows for what of X lies outside the rows of U; parts shorter than `noise` of X are rounding, not directions."""
     size = float(torch.linalg.matrix_norm(X)) if X.numel() else 0.0
     if size == 0.0:
         return U.new_zeros(0, U.shape[1])
-    rest = X - U.T @ (U @ X)
-    if noise > 1e-7:
-        strength, mixing = torch.linalg.eigh(rest.T @ rest)  # a Gram in float64 tells sizes down to 1e-8 of the largest
-        Q = ((rest @ mixing) / strength.clamp(min=1e-300).sqrt())[:, strength > (noise * size) ** 2].T.flip(0)
-    else:
-        left, strength, _ = torch.linalg.svd(rest, full_matrices=False)
-        Q = left[:, strength > noise * size].T
-    Q = Q[: U.shape[1] - len(U)]
+    left, strength, _ = torch.linalg.svd(X - U.T @ (U @ X), full_matrices=False)
+    Q = left[:, strength > noise * size].T[: U.shape[1] - len(U)]
     for _ in range(2):  # twice is enough (Kahan): the first pass leaves what rounding of a small rest blew up
         Q = orthonormal(Q - (Q @ U.T) @ U)
     return Q

@@ -13,7 +13,7 @@ from torch import Tensor
 from lora_lite.config import AdapterConfig
 from lora_lite.subspace.apart import Apart, as_parts
 from lora_lite.subspace.bases import joined
-from lora_lite.subspace.block import block
+from lora_lite.subspace.block import Block
 from lora_lite.subspace.build import config_of
 from lora_lite.subspace.change import appended, read_all
 from lora_lite.subspace.coefficients import Kind, Parts, encode
@@ -80,7 +80,7 @@ def project(state: State, source: Source, task_id: str) -> TaskProjection:
             bases = (layer.b.components, layer.a.components)
             caught[m] = Caught(as_parts(u), u.rank, u.scale, float(one.energy[-1]), float(one.lost[-1]), bases)
             continue
-        alone = block([u])
+        alone = Block([u])
         coded = encode(state.kind, layer.b, layer.a, alone, torch.float64 if state.bits is not None else layer.b.basis().dtype)
         bases = (layer.b.components, layer.a.components)
         caught[m] = Caught(coded.parts, u.rank, u.scale, float(coded.energy), float(coded.error), bases)

@@ -6,10 +6,12 @@ import dataclasses
 import math
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from loguru import logger
@@ -18,11 +20,13 @@ from torch import Tensor
 
 from lora_lite.adapter import Adapter
 from lora_lite.checkpoint import (
+    DTYPES,
     CheckpointError,
     check_digest,
     check_entries,
     check_format,
     check_place,
+    finite,
     listed,
     read_header,
     read_metadata,
@@ -37,6 +41,7 @@ from lora_lite.variant import Base, variant_of
 from lora_lite.variants.lora import LoRAConfig
 
 PathLike = str | os.PathLike[str]
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 INPUT_SIDE, OUTPUT_SIDE = ("lora_A", "lora_Vh"), ("lora_B", "lora_U")
 
 
@@ -97,49 +102,71 @@ class AdapterSource:
 
 class TensorsOf(Mapping[str, Tensor]):
     """A safetensors file's tensors by key, each read when it is asked for and not kept; within `with self:` from one open file.
-    Not open for good: a thousand adapters would be a thousand files."""
+    Not open for good: a thousand adapters would be a thousand files. Nor mapped, so that what was read does not stay in memory."""
 
-    def __init__(self, path: Path, names: list[str]) -> None:
-        self.path, self.names, self.file = path, names, None
+    def __init__(self, path: Path, head: Mapping[str, Any], file: BinaryIO) -> None:
+        """`file` is open, its header just read."""
+        self.path, self.head, self.start, self.stamp = path, head, file.tell(), stamp(file)
+        self.file: FileIO | None = None
+        try:
+            with safe_open(path, framework="pt"):  # checks that ranges fit dtypes and shapes, and tile the file
+                pass
+        except Exception as error:  # SafetensorError: cut short, overlapping ranges
+            raise CheckpointError(f"{path} is damaged or cut short: {error}. Take another copy") from error
 
     def __enter__(self) -> TensorsOf:
-        try:
-            self.file = safe_open(self.path, framework="pt").__enter__()
-        except Exception as error:  # SafetensorError: cut short, overlapping ranges
-            raise CheckpointError(f"{self.path} is damaged or cut short: {error}. Take another copy") from error
+        self.file = open(self.path, "rb", buffering=0)
+        if stamp(self.file) != self.stamp:
+            self.file.close()
+            raise CheckpointError(f"{self.path} has changed since it was opened; start again")
         return self
 
     def __exit__(self, *why: Any) -> None:
+        assert self.file is not None
+        self.file.close()
         self.file = None
 
     def __getitem__(self, name: str) -> Tensor:
         if self.file is None:
             with self:
                 return self[name]
-        return self.file.get_tensor(name)
+        entry = self.head[name]
+        v = torch.empty(entry["shape"], dtype=BY_NAME[entry["dtype"]])
+        self.file.seek(self.start + entry["data_offsets"][0])
+        if self.file.readinto(v.view(-1).view(torch.uint8).numpy().data) != v.nbytes:
+            raise CheckpointError(f"{self.path} is cut short. Take another copy")
+        if sys.byteorder == "big":
+            v.untyped_storage().byteswap(v.dtype)
+        return v
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
+        return iter(self.head)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.head)
+
+
+def stamp(file: BinaryIO | FileIO) -> tuple[int, ...]:
+    """Another one when the file is another, or has been written to."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 class FileSource:
-    """A file that `adapter.save` wrote, memory-mapped: its hash is checked tensor by tensor, then one module's are read at a time."""
+    """A file that `adapter.save` wrote: its hash is checked tensor by tensor, then one module's are read at a time."""
 
     def __init__(self, task: str, path: PathLike) -> None:
         self.task, self.path = task, Path(path)
         check_place(self.path)
-        with open(self.path, "rb") as file:
+        with open(path, "rb") as file:
             head = read_header(str(path), file)
-        metadata = head.pop("__metadata__", None) or {}
-        check_format(str(path), metadata, list(head))
-        check_entries(str(path), head)
+            metadata = head.pop("__metadata__", None) or {}
+            check_format(str(path), metadata, list(head))
+            check_entries(str(path), head)
+            self.tensors = TensorsOf(self.path, head, file)
         known = read_metadata(str(path), metadata)
         self.base_config, self.base = known["config"], known["fingerprint"]
         check_form(str(path), self.base_config)
-        self.tensors = TensorsOf(self.path, list(head))
         with self.tensors:
             check_digest(str(path), metadata, self.tensors)
         self.fields: dict[str, dict[str, str]] = {}  # module -> field -> its key, or that of the tensor which layers share
@@ -169,7 +196,7 @@ class FileSource:
 
 
 class PeftSource:
-    """A PEFT folder with a LoRA in it, memory-mapped: one module's tensors are read at a time. docs/peft.md says what is read."""
+    """A PEFT folder with a LoRA in it: one module's tensors are read at a time. docs/peft.md says what is read."""
 
     def __init__(self, task: str, path: PathLike) -> None:
         self.task, self.path = task, Path(path)
@@ -178,14 +205,14 @@ class PeftSource:
         file_path = self.path / folder.TENSORS
         with open(file_path, "rb") as file:
             head = read_header(str(file_path), file)
-        metadata = head.pop("__metadata__", None) or {}
-        check_entries(str(file_path), head)
+            metadata = head.pop("__metadata__", None) or {}
+            check_entries(str(file_path), head)
+            self.tensors = TensorsOf(file_path, head, file)
         self.base = folder.parsed(f"{file_path}", metadata[folder.FINGERPRINT]) if folder.FINGERPRINT in metadata else None
         found = folder.Folder(config, {}, {}, self.base, str(path))
         self.method = known_methods(found)[0]
         if self.method.variant != "lora":
             raise CheckpointError(f"{path} is {self.method.variant!r}; without a model only LoRA is read: ll.from_peft(model, folder)")
-        self.tensors = TensorsOf(file_path, list(head))
         self.keys = self.by_module(head)
         self.modules = list(self.keys)
         self.base_config = dataclasses.replace(config_of(self.method, found), targets=patterns(config.get("target_modules"), self.modules))
@@ -265,11 +292,6 @@ def check_finite(task: str, module: str, update: Update) -> None:
         raise ValueError(
             f"adapter {task!r}, module {module!r}: {' and '.join(bad) or 'alpha'} holds NaN or infinite values; nothing was changed"
         )
-
-
-def finite(v: Tensor) -> bool:
-    """A sum is finite only where all is; where it is not, it may have overflowed, and all is looked at (five times as long)."""
-    return math.isfinite(float(v.sum(dtype=torch.promote_types(v.dtype, torch.float32)))) or bool(torch.isfinite(v).all())
 
 
 def same_sizes(task: str, module: str, update: Update, sizes: tuple[int, int], others: str) -> Update:

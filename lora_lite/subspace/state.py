@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -76,8 +76,7 @@ class Layer:
 
     def measure(self, kind: Kind, parts: Parts) -> Tensor:
         """(n,) squared size of each task's kept update, in float64 (in "flat": of its loadings)."""
-        found = squares(kind, tuple(p.double() for p in parts), self.ranks)
-        return found if kind == "flat" else found * self.weights()
+        return sizes(kind, parts, self.ranks, self.weights())
 
     def joined(self, kind: Kind, task: str, rank: int, scale: float, parts: Parts, energy: float, lost: float) -> Layer:
         """With one more task, its coefficients held as the others are. The bases stay, but know that more lies along them."""
@@ -132,6 +131,11 @@ class Layer:
         """Bases, means and coefficients."""
         means = [f.mean for f in (self.b, self.a) if f.mean is not None]
         return [self.b.components, self.a.components, *means, *self.parts]
+
+
+def sizes(kind: Kind, parts: Parts, ranks: Sequence[int], weights: Tensor) -> Tensor:
+    found = squares(kind, tuple(p.double() for p in parts), ranks)
+    return found if kind == "flat" else found * weights
 
 
 def shares(kind: Kind, parts: Parts) -> tuple[Tensor, Tensor]:
