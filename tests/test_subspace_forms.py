@@ -347,6 +347,31 @@ def test_an_fp16_state_never_grows(form: dict[str, Any], bits: int):
     assert all(p.dtype is torch.float32 for _, p in sub.reconstruct("task_0").named_parameters())
 
 
+@each_form
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_dtype_takes_away_is_in_the_bound(form: dict[str, Any], dtype: torch.dtype):
+    """Of an update; in "flat" of its two factors, which the bound speaks of there."""
+    sub = of(family(3), **{"variance_threshold": 1.0, **form})
+    before, kept = sub.error_bound("task_1"), sub.reconstruct("task_1").factors()
+    sub.to(dtype=dtype)
+    after, now = sub.error_bound("task_1"), sub.reconstruct("task_1").factors()
+    for m, was in kept.items():
+        sides = [(was.A, now[m].A), (was.B, now[m].B)] if form.get("space") == "flat" else [(was.dense(), now[m].dense())]
+        moved = sum(float(torch.dist(x.detach().double(), y.detach().double()) ** 2) for x, y in sides)
+        room = after[m] ** 0.5 - before[m] ** 0.5  # what was lost before is not lost again
+        assert 0 < moved <= 1.01 * room**2 + 1e-10
+
+
+def test_rank_patterns_of_a_task_name_layers_whose_names_end_alike():
+    """A pattern matches the end of a path, so "0" would speak for "1.0" too if it stood first, or alone."""
+    ranks = {"0": 1, "1.0": 3, "1.1": 3, "2": 3}
+    draw = generator(0)
+    tensors = {m: {"lora_A": torch.randn(r, 6, generator=draw), "lora_B": torch.randn(5, r, generator=draw)} for m, r in ranks.items()}
+    given = ll.Adapter(ll.LoRAConfig(r=3, alpha=3.0, rank_pattern={"^0": 1}), tensors, dict.fromkeys(ranks, (6, 5)))
+    back = of([given]).reconstruct("task_0")
+    assert {m: back.config.at(m, 6, 5).r for m in ranks} == ranks
+
+
 def test_coefficients_are_fitted_again_to_the_quantised_basis():
     """Against the coefficients of the exact basis on the quantised one, which is what not refitting would do."""
     sub = big()

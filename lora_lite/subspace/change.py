@@ -251,7 +251,12 @@ def quantised_layer(kind: Kind, layer: Layer, bits: int) -> Layer:
     b, a = quantised_frame(layer.b, bits), quantised_frame(layer.a, bits)
     parts = layer.all_parts() if kind == "diag" else mapped(kind, layer.all_parts(), refit(layer.b, b), refit(layer.a, a))
     new = dataclasses.replace(layer, b=b, a=a, parts=tuple(Packed.of(p, bits, COEFFICIENT_GROUP[bits]) for p in parts))
-    lost = (layer.lost.double().sqrt() + distances(kind, layer, new).sqrt()).square()
+    return rounded(kind, layer, new)
+
+
+def rounded(kind: Kind, old: Layer, new: Layer) -> Layer:
+    """The new form of a layer, with what the rounding took from each task among what is lost."""
+    lost = (old.lost.double().sqrt() + distances(kind, old, new).to(old.lost.device).sqrt()).square()
     return dataclasses.replace(new, lost=lost.float())
 
 
@@ -294,8 +299,13 @@ def moved(state: State, device: torch.device | None, dtype: torch.dtype | None) 
         return Frame(put(f.components), None if f.mean is None else put(f.mean), f.energy.to(device=device))
 
     def layer(x: Layer) -> Layer:
+        parts = tuple(put(p) for p in x.parts)
+        if dtype is not None and isinstance(x, Apart):
+            x = x.with_parts(parts)
+        elif dtype is not None and any(f.basis().dtype != dtype for f in (x.b, x.a)):
+            x = rounded(state.kind, x, dataclasses.replace(x, b=frame(x.b), a=frame(x.a), parts=parts))
         places = dict(energy=x.energy.to(device=device), lost=x.lost.to(device=device))
-        return dataclasses.replace(x, b=frame(x.b), a=frame(x.a), parts=tuple(put(p) for p in x.parts), **places)
+        return dataclasses.replace(x, b=frame(x.b), a=frame(x.a), parts=parts, **places)
 
     return dataclasses.replace(state, layers={m: layer(x) for m, x in state.layers.items()})
 

@@ -312,10 +312,11 @@ def lora_config(config: AdapterConfig, ranks: Mapping[str, int], scales: Mapping
     power = 0.5 if kept.get("rslora") else 1.0
     alphas = {m: scales[m] * ranks[m] ** power for m in ranks}
     usual = Counter((ranks[m], alphas[m]) for m in ranks).most_common(1)[0][0]
-    odd = {m: (ranks[m], alphas[m]) for m in ranks if (ranks[m], alphas[m]) != usual}
+    alike = all((ranks[m], alphas[m]) == usual for m in ranks)
+    order = () if alike else sorted(ranks, key=len, reverse=True)  # a pattern matches the end of a path: the longest first
     patterns: dict[str, Any] = {
-        "rank_pattern": {re.escape(m): r for m, (r, _) in odd.items()},
-        "alpha_pattern": {re.escape(m): alpha for m, (_, alpha) in odd.items()},
+        "rank_pattern": {re.escape(m): ranks[m] for m in order},
+        "alpha_pattern": {re.escape(m): alphas[m] for m in order},
     }
     return LoRAConfig(r=usual[0], alpha=usual[1], **places, **kept, **patterns)
 
