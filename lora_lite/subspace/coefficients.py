@@ -132,9 +132,8 @@ def expand(kind: Kind, parts: Parts, b: Frame, a: Frame, r: int, sizes: tuple[in
 def compact(kind: Kind, parts: Parts, b: Frame, a: Frame, r: int, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """(A (r, d_in), B (d_out, r)), exact: a core has the rank of the adapter it came from. Zero rows where k < r."""
     if kind != "core":
-        wider = tuple(
-            p.to(torch.promote_types(p.dtype, torch.float32)) for p in parts
-        )  # rounded products would lose more than the numbers did
+        # rounded products would lose more than the numbers did
+        wider = tuple(p.to(torch.promote_types(p.dtype, torch.float32)) for p in parts)
         A, B = expand(kind, wider, b, a, r, sizes)
     else:
         P, S, Qh = torch.linalg.svd(parts[0][0].double(), full_matrices=False)
