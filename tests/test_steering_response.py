@@ -422,6 +422,12 @@ def drawn(found: ll.DoseResponse, monkeypatch: pytest.MonkeyPatch, **keywords: A
     return kept[0].axes
 
 
+def test_a_perplexity_that_stays_is_a_line_on_an_axis_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """exp(log 9) is 9.000000000000002: an axis as narrow as that had no numbers, and took the figure apart."""
+    low, high = drawn(table({-1.0: 0.0, 0.0: 0.5, 1.0: 1.0}), monkeypatch)[-1].get_ylim()
+    assert low < 8 < 10 < high < 12
+
+
 def test_a_panel_says_of_its_stretch_what_the_doses_say(monkeypatch: pytest.MonkeyPatch) -> None:
     clear, lost = noisy(RISING | {-4.0: 0.0, 4.0: 1.0}, 0.02), noisy(dict.fromkeys(RISING, 0.5) | {4.0: 0.5}, 0.1)
     ends = clear.gradual()

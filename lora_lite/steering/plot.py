@@ -18,6 +18,7 @@ LARGER = 0.4  # of the whole: a wider stretch is no larger in the second column,
 
 
 FLAT = 0.55  # the height of a share's panel: it is at 1 nearly everywhere, and what counts is where it falls
+LEAST = 1.5  # times the lowest value a log axis shows, so that rounding does not look like a change
 SHARE = 0.6  # its axis goes down to there at least, so that a hundredth looks like one, and further where the values do
 
 
@@ -154,6 +155,10 @@ def plain_ticks(axis: Any) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator, StrMethodFormatter
 
     low, high = axis.get_ylim()
+    if high < LEAST * low:  # doses that wrote the same, but for rounding
+        middle = math.sqrt(low * high)
+        low, high = middle / math.sqrt(LEAST), middle * math.sqrt(LEAST)
+        axis.set_ylim(low, high)
     times = high / low
     subs = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0) if times < 30 else (1.0, 2.0, 5.0) if times < 1e3 else (1.0,)
     axis.yaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]) if times < 4 else LogLocator(subs=subs))
