@@ -583,3 +583,24 @@ def test_a_measure_that_is_nothing_at_zero_cannot_be_compared() -> None:
     found = swept(model, adapted(model), coherence=lambda texts: [0.0] * len(texts))
     with pytest.raises(ValueError, match="nothing can be compared"):
         found.doses  # noqa: B018
+
+
+def test_prompts_of_tokens_need_a_tokenizer_that_decodes_and_no_more() -> None:
+    """It may be any object: nothing is read by it, only what is written."""
+
+    class Numbers:
+        pad_token_id, eos_token_id, bos_token_id = 0, None, None
+
+        def decode(self, ids: list[int], **_: Any) -> str:
+            return " ".join(map(str, ids))
+
+        def batch_decode(self, rows: list[list[int]], **_: Any) -> list[str]:
+            return [self.decode(row) for row in rows]
+
+    model = llama()
+    adapter = ll.attach(model, ll.LoRAConfig(r=2), seed=0)
+    found = ll.dose_response(
+        model, adapter, [1.0], [[3, 4, 5]], tokenizer=Numbers(), score=lambda texts: list(map(len, texts)), coherence=("distinct-3",),
+        max_new_tokens=3, progress=False,
+    )  # fmt: skip
+    assert 1.0 in found.cs and len(found.readings[0].text.split()) == 3

@@ -76,7 +76,8 @@ def as_prompts(prompts: Sequence[str | Sequence[int]], tokenizer: Any) -> list[P
     """Strings as the tokenizer reads them, or tokens as they are (of a chat template, say)."""
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts is a list of strings or of token lists, at least one; got {prompts!r}")
-    if not (callable(tokenizer) and hasattr(tokenizer, "decode")):
+    reads = callable(tokenizer) or not any(isinstance(prompt, str) for prompt in prompts)
+    if not (reads and hasattr(tokenizer, "decode")):
         said = "None" if tokenizer is None else f"{type(tokenizer).__name__} {tokenizer!r:.60}"
         raise TypeError(f"tokenizer is {said}; what is written has to be read: give the model's, AutoTokenizer.from_pretrained(...)")
     return [as_prompt(prompt, tokenizer) for prompt in prompts]
