@@ -212,7 +212,7 @@ class LowRankHook(Hook):
             not torch.is_grad_enabled()
             and type(layer) is nn.Linear
             and "forward" not in layer.__dict__
-            and next(iter(layer._forward_hooks.values())) is self
+            and next(iter(layer._forward_hooks.values()), None) is self
             and not nn.modules.module._global_forward_hooks
             and type(y) is Tensor
             and y.is_contiguous()
