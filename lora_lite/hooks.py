@@ -196,26 +196,27 @@ class LowRankHook(Hook):
         p = {field: here[name] for field, name in self.fields}
         if self.dropout:
             x = self.dropped(layer, x)
+        inplace = type(c) is float and y.numel() > LARGE and self.holds_alone(layer, y)  # type: ignore[union-attr, arg-type]
         if self.variant.narrows:
             h, B, gate = self.variant.narrowed(self.cfg, p, x)
-            return add_narrow(y, h.to(y.dtype), B, c, gate)  # type: ignore[union-attr, arg-type]  # under autocast x may be wider than y
-        inplace = type(c) is float and y.numel() > LARGE and self.holds_alone(layer, y)  # type: ignore[union-attr, arg-type]
+            return add_narrow(y, h.to(y.dtype), B, c, gate, inplace)  # type: ignore[union-attr, arg-type]  # under autocast x may be wider than y
         return add_low_rank(y, x, self.variant.factors(self.cfg, p, self.base.sizes), c, inplace)  # type: ignore[arg-type]
 
     def holds_alone(self, layer: nn.Module, y: Tensor) -> bool:
         """Whether y is fresh from nn.Linear's own product and nobody has been shown it: then adding may happen in it.
 
-        Whoever could have kept y comes before us or looks from beneath: autograd, another hook, a forward put in the place
-        of the layer's own, a mode of torch's dispatcher, a transform, a subclass of Tensor.
+        Whoever could have kept y comes before us or looks from beneath: another hook, a forward put in the place of the
+        layer's own, a mode of torch's dispatcher, a transform, a subclass of Tensor. Autograd keeps what went into the
+        product, not what came out; but to write into a view is dear there, and y is one where a bias was added in 3-D.
         """
         return (
-            not torch.is_grad_enabled()
-            and type(layer) is nn.Linear
+            type(layer) is nn.Linear
             and "forward" not in layer.__dict__
             and next(iter(layer._forward_hooks.values()), None) is self
             and not nn.modules.module._global_forward_hooks
             and type(y) is Tensor
             and y.is_contiguous()
+            and not (torch.is_grad_enabled() and y._is_view())
             and not watched()
         )
 
@@ -245,7 +246,7 @@ def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor, inpla
             return torch.add(y, torch.mv(B, torch.mv(A, x.reshape(-1))), alpha=scale)
         h = F.linear(x, A)
     elif scale is not None and A.requires_grad and x.dtype is y.dtype and trains_across_dtypes(x, A):
-        return Mixed.apply(y, x, A, B, scale)  # type: ignore[return-value]
+        return Mixed.apply(y, x, A, B, scale, inplace)  # type: ignore[return-value]
     else:
         h = linear(x, A)
     return add_narrow(y, h, B, c * g if scale is None else scale, inplace=inplace)

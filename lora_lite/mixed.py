@@ -16,27 +16,40 @@ from lora_lite.dial import transforming
 
 
 class Mixed(torch.autograd.Function):
-    """y + scale * B A x with x (*batch, d_in) and y (*batch, d_out) of one dtype, A and B of another."""
+    """y + scale * B A x with x (*batch, d_in) and y (*batch, d_out) of one dtype, A and B of another.
+
+    inplace  whether y (contiguous, no view) may be written into
+    """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        h = F.linear(x, A.to(x.dtype)).flatten(0, -2)
+    def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, inplace: bool) -> Tensor:
+        h = product(x.flatten(0, -2), A.to(x.dtype).t(), scale)
         ctx.save_for_backward(x, A, B, h)
         ctx.scale = scale
-        return torch.addmm(y.flatten(0, -2), h, B.to(x.dtype).t(), alpha=scale).view(y.shape)
+        rows, b = y.flatten(0, -2), B.to(x.dtype).t()
+        if not inplace:
+            return torch.addmm(rows, h, b).view(y.shape)
+        rows.addmm_(h, b)
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, A, B, h), (gy,) = ctx.saved_tensors, grads
         a, b = A.to(x.dtype), B.to(x.dtype)
         g, rows = gy.flatten(0, -2), x.flatten(0, -2)
-        gh = (g @ b) * ctx.scale
+        gh = product(g, b, ctx.scale)
         gx = (gh @ a).view(x.shape) if ctx.needs_input_grad[1] else None
         gA = (gh.t() @ rows).to(A.dtype) if ctx.needs_input_grad[2] else None
         if torch.is_grad_enabled():  # for second derivatives, which a saved h would stand in the way of
-            h = rows @ a.t()
-        gB = (g.t() @ (h * ctx.scale)).to(B.dtype) if ctx.needs_input_grad[3] else None
-        return gy, gx, gA, gB, None
+            h = product(rows, a.t(), ctx.scale)
+        gB = (g.t() @ h).to(B.dtype) if ctx.needs_input_grad[3] else None
+        return gy, gx, gA, gB, None, None
+
+
+def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a b, in one kernel."""
+    return a @ b if scale == 1.0 else torch.addmm(a.new_empty(()), a, b, beta=0.0, alpha=scale)  # beta 0: what is empty is not read
 
 
 class MixedLinear(torch.autograd.Function):

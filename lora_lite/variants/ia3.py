@@ -68,5 +68,5 @@ class IA3FF(Variant):
 def gated(x: Tensor, change: Tensor, c: float | Tensor) -> Tensor:
     """(1 + c change) * x in one pass; in half precision a gate near 1 would lose what was learned, and so never is made."""
     if x.dtype.itemsize >= 4:
-        return (1 + c * change) * x
+        return (1 + (change if type(c) is float and c == 1.0 else c * change)) * x
     return torch.addcmul(x, change, x, value=c) if isinstance(c, float) else torch.addcmul(x, c * change, x)
