@@ -223,10 +223,12 @@ class RankedConfig(RankDropoutConfig):
     """What most low-rank methods share: also alpha (the scale is alpha/r), and alpha_pattern, its exceptions per layer.
 
     rank_pattern and alpha_pattern match as in PEFT. A rank without an alpha of its own changes the scale.
+    rslora=True scales by alpha/sqrt(r) instead (rsLoRA, arXiv:2312.03732).
     """
 
     alpha: float = 32.0
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,7 +239,7 @@ class RankedConfig(RankDropoutConfig):
 
     @property
     def scaling(self) -> float:
-        return self.alpha / self.r
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def at(self, target: str, d_in: int, d_out: int) -> Self:
         own = super().at(target, d_in, d_out)

@@ -53,6 +53,7 @@ VARIANTS: dict[str, Row] = {
     "ia3": Row(ll.IA3Config()),
     "ia3_ff": Row(ll.IA3FFConfig()),
     "dora": Row(ll.DoRAConfig(r=4, alpha=6.0)),
+    "dora-rs": Row(ll.DoRAConfig(r=4, alpha=3.0, rslora=True)),
     "hra": Row(ll.HRAConfig(r=4)),
     "hra-gs": Row(ll.HRAGSConfig(r=4)),
     "delora": Row(ll.DeLoRAConfig(r=4, strength=1.5)),

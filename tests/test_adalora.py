@@ -231,6 +231,7 @@ def test_nothing_is_pruned_when_the_target_is_the_start() -> None:
         ({"target_r": 0}, "target_r must be a whole number from 1"),
         ({"deltaT": 0}, "deltaT must be a whole number from 1"),
         ({"total_step": 0}, "total_step must be a whole number from 1"),
+        ({"rslora": True}, "rslora=True: AdaLoRA scales by alpha.r"),
         ({"beta1": 1.0}, "beta1 and beta2 lie between 0 and 1, got {'beta1': 1.0}"),
         ({"orth_reg_weight": -1.0}, "orth_reg_weight must be a finite number from 0"),
         ({"total_step": 5, "tinit": 2, "tfinal": 3}, "no step is left to prune in: tinit=2, tfinal=3, total_step=5"),

@@ -57,6 +57,7 @@ CASES = {
     "patterns_by_order": Case(ll.LoRAConfig(r=4, alpha=6.0, targets=TARGETS, **ORDERED)),  # both match layer 1's v_proj
     "rslora": Case(ll.LoRAConfig(r=4, alpha=3.0, rslora=True, targets=TARGETS, **PATTERNS)),
     "dora": Case(ll.DoRAConfig(r=4, alpha=6.0, targets=TARGETS), exact=False),
+    "dora_rs": Case(ll.DoRAConfig(r=4, alpha=3.0, rslora=True, targets=TARGETS, **PATTERNS), exact=False),
     "ia3": Case(ll.IA3Config(targets=TARGETS), exact=False),
     "ia3_ff": Case(ll.IA3FFConfig(targets=TARGETS), exact=False),
     "adalora": Case(ll.AdaLoRAConfig(r=4, alpha=6.0, target_r=2, total_step=9, deltaT=3, targets=TARGETS)),
@@ -74,6 +75,7 @@ CASES = {
 }
 LOW_RANK = {
     "pissa": ll.PiSSAConfig(r=4, alpha=6.0, targets=TARGETS),
+    "pissa_rs": ll.PiSSAConfig(r=4, alpha=3.0, rslora=True, targets=TARGETS),
     "olora": ll.OLoRAConfig(r=4, alpha=6.0, targets=TARGETS),
     "adalora": CASES["adalora"].config,
     "orthogonal": ll.LoRAConfig(r=4, alpha=6.0, init="orthogonal", targets=TARGETS),
@@ -206,6 +208,7 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "patterns": lora(**PATTERNS),
     "rslora": lora(use_rslora=True, **PATTERNS),
     "dora": lora(use_dora=True, rank_pattern={"k_proj": 3}),
+    "dora_rs": lora(use_dora=True, use_rslora=True, rank_pattern={"k_proj": 3}),
     "dropout": lora(lora_dropout=0.3),
     "regex": lora(target_modules=r".*layers\.1\..*(q|v)_proj"),
     "all-linear": lora(target_modules="all-linear"),
@@ -215,6 +218,7 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "the head": lora(target_modules=["lm_head", "q_proj"]),
     "gaussian": lora(init_lora_weights="gaussian"),
     "pissa": lora(init_lora_weights="pissa"),
+    "pissa_rs": lora(init_lora_weights="pissa", use_rslora=True),
     "ia3 outputs": lambda: peft.IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[]),
     "ia3 inputs": lambda: peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
     "hra": lambda: peft.HRAConfig(r=4, target_modules=NAMES),
@@ -228,7 +232,7 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "miss": lambda: peft.MissConfig(r=8, target_modules=NAMES),
     "vera": lambda: peft.VeraConfig(r=8, target_modules=NAMES),
 }
-DEVIATIONS = ("dora", "ia3 outputs", "ia3 inputs", "road")  # stored here as the distance from PEFT's start
+DEVIATIONS = ("dora", "dora_rs", "ia3 outputs", "ia3 inputs", "road")  # stored here as the distance from PEFT's start
 
 
 def trained(config: Any, folder: Path, model: Any = None, std: float = 0.05) -> Tensor:
@@ -717,7 +721,6 @@ SPOILED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "something new": (saying(use_telepathy=0.5), "use_telepathy=0.5"),
     "olora": (saying(init_lora_weights="olora"), "init_lora_weights='olora': PEFT changes the base weights"),
     "pissa by chance": (saying(init_lora_weights="pissa_niter_4"), "init_lora_weights='pissa_niter_4'"),
-    "dora with a root": (saying(use_dora=True, use_rslora=True), "'dora' here does not have: use_rslora=True"),
     "dora without its magnitudes": (saying(use_dora=True), "8 keys missing"),
     "r is zero": (saying(r=0), "its config cannot be read"),
     "r is text": (saying(r="4"), "its config cannot be read"),

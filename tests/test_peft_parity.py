@@ -88,6 +88,10 @@ CASES = {
         lambda: LoraConfig(r=4, lora_alpha=6, target_modules=NAMES, use_dora=True),
         (ll.DoRAConfig(r=4, alpha=6.0, targets=TARGETS),),
     ),
+    "dora_rs": Case(
+        lambda: LoraConfig(r=4, lora_alpha=6, target_modules=NAMES, use_dora=True, use_rslora=True),
+        (ll.DoRAConfig(r=4, alpha=6.0, targets=TARGETS, rslora=True),),
+    ),
     "ia3": Case(
         lambda: IA3Config(target_modules=NAMES, feedforward_modules=["down_proj"]),
         (ll.IA3Config(targets=TARGETS[:3]), ll.IA3FFConfig(targets=TARGETS[3:])),

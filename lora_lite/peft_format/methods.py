@@ -105,6 +105,7 @@ RANKED = (
     RANK_PATTERN,
     Option("alpha", "lora_alpha", 8),
     Option("alpha_pattern", "alpha_pattern", {}),
+    Option("rslora", "use_rslora", False),
     Option("dropout", "lora_dropout", 0.0),
 )
 AB = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
@@ -178,7 +179,7 @@ METHODS: tuple[Method, ...] = (
         read=numbers.pissa_read, writes=False,
     ),
     Method(
-        peft_type="LORA", variant="lora", keys=AB, options=(*RANKED, Option("rslora", "use_rslora", False)),
+        peft_type="LORA", variant="lora", keys=AB, options=RANKED,
         says=LORA_SAYS, turn=scaled("lora_B"), refuses=changes_the_base,
     ),
     Method(  # ranks that the schedule took away are left out of PEFT's file; the schedule's own state is in neither

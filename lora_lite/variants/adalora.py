@@ -57,6 +57,8 @@ class AdaLoRAConfig(RankedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rslora:
+            raise ValueError("rslora=True: AdaLoRA scales by alpha/r, with the r it starts from")
         counts = {"target_r": 1, "tinit": 0, "tfinal": 0, "deltaT": 1} | ({} if self.total_step is None else {"total_step": 1})
         for name, least in counts.items():
             value = getattr(self, name)

@@ -19,15 +19,16 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor
 
+from lora_lite.config import RankedConfig
 from lora_lite.variant import BITWISE, Base, Group, Identity, Initial, ParamSpec, register
-from lora_lite.variants.lora import LoRA, LoRAScaleConfig
+from lora_lite.variants.lora import LoRA
 
 V = TypeVar("V")
 CHUNK = 256  # rows taken into the analysis at once: its cost per row grows with chunk + components
 
 
 @dataclass(frozen=True, kw_only=True)
-class EVAConfig(LoRAScaleConfig):
+class EVAConfig(RankedConfig):
     """`ll.attach(model, EVAConfig(r=16, rho=2.0), calibration_data=batches)`. r is clamped to each layer's d_in.
 
     rho  the most rank a layer can get, as a multiple of r; 1 leaves every layer its r

@@ -10,7 +10,6 @@ Where A and B start is told by `init`:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -25,18 +24,7 @@ INITS = ("kaiming", "gaussian", "orthogonal")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAScaleConfig(RankedConfig):
-    """rslora=True scales by alpha/sqrt(r) instead of alpha/r."""
-
-    rslora: bool = False
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoRAConfig(LoRAScaleConfig):
+class LoRAConfig(RankedConfig):
     """`LoRAConfig(r=16, alpha=32)`; rslora=True scales by alpha/sqrt(r) instead of alpha/r.
 
     init  "kaiming" and "gaussian" start at the base, bit for bit; "orthogonal" near it, with both factors alive

@@ -60,6 +60,6 @@ class MiSS(Variant):
 def sum_of_blocks(x: Float[Tensor, "*batch d_in"], r: int) -> Float[Tensor, "*batch r"]:
     short = x.shape[-1] % r
     if not short:
-        return x.unflatten(-1, (-1, r)).sum(-2)
+        return x.reshape(*x.shape[:-1], -1, r).sum(-2)
     whole, rest = x.split((x.shape[-1] - short, short), -1)  # one pass backward, where two slices would fill x's size with zeros each
     return whole.unflatten(-1, (-1, r)).sum(-2) + F.pad(rest, (0, r - short))
