@@ -222,6 +222,12 @@ def test_the_readme_runs_as_it_stands(tmp_path: Path):
     assert "Adapter('default': lora r=16" in printed and "second" in printed
 
 
+def test_the_page_on_training_runs_as_it_stands(tmp_path: Path):
+    printed = python("\n".join(["import os", f"os.chdir({str(tmp_path)!r})", *blocks("docs/training.md")]))
+    assert printed.endswith("3.0 ranks a layer are left")
+    assert (tmp_path / "kind.safetensors").exists()
+
+
 @pytest.mark.parametrize("blocks_of_the_model", [4, 5, 12, 16, 24, 28, 32, 48, 64])
 def test_the_readme_dials_a_layer_that_its_adapter_is_on(blocks_of_the_model: int):
     example, *more = blocks("README.md")

@@ -56,10 +56,10 @@ class Frame:
 
     def coordinates(self, X: Float[Tensor, "*n d m"]) -> Float[Tensor, "*n k m"]:
         """Where the columns of X lie, by least squares, in float64; the mean is not subtracted here."""
-        columns = X.movedim(-2, 0)  # all of them side by side: one product
-        along = wide(self.components) @ columns.flatten(1).double() if X.ndim > 2 else wide(self.components) @ X.double()
+        rows = X.movedim(-2, -1)  # of all columns one after another, so that it is one product
+        along = wide(self.components) @ rows.flatten(0, -2).double().T
         along = torch.linalg.solve(self.metric, along) if self.k else along
-        return along.unflatten(1, columns.shape[1:]).movedim(0, -2)
+        return along.unflatten(1, rows.shape[:-1]).movedim(0, -2)
 
     @cached_property
     def metric(self) -> Float[Tensor, "k k"]:
@@ -135,7 +135,7 @@ def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int) -> tuple[Tensor, Ten
                 rest = probed.double() @ seen.double().T @ turn.T - (probes @ K.T).double() @ turn.T * values[:wanted]
                 if float(gain(values, rest.square().mean(0).sqrt())) <= SETTLED * float(values[:wanted].sum()):
                     weak = bool(wanted) and float(values[wanted - 1]) < WEAK * float(values[0])
-                    return None if weak else (orthonormal(turn @ K.double()), values[:wanted])
+                    return None if weak else (orthonormal((turn.to(K.dtype) @ K).double()), values[:wanted])
         new = seen[-block:] @ X
         for _ in range(2):  # as in `outside`
             new = orthonormal(new - (new @ K.T) @ K)
