@@ -222,7 +222,10 @@ class PeftSource:
         ends = {field: folder.key_pattern(end) for field, end in self.method.keys.items()}
         hits = {key: (strip_prefixes(m["target"]), field) for key in head for field, p in ends.items() if (m := p.fullmatch(key))}
         if strange := [key for key in head if key not in hits and ".lora_" in key]:
-            raise CheckpointError(f"{self.path} adapts what is no linear layer, or by tensors that LoRA does not have: {listed(strange)}")
+            raise CheckpointError(
+                f"{self.path} holds tensors of no linear layer's LoRA, and nothing else carries adapters here "
+                f"(an embedding's are lora_embedding_A and _B): {listed(strange)}"
+            )
         left_behind(str(self.path), [key for key in head if key not in hits])
         found: dict[str, dict[str, str]] = {}
         for key, (module, field) in hits.items():
