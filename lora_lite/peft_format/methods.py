@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lora_lite.peft_format import numbers
 from lora_lite.peft_format.matching import ends
-from lora_lite.peft_format.numbers import At, Convert, Fields, scaled
+from lora_lite.peft_format.numbers import At, Convert, Fields, Found, scaled
 
 Config = Mapping[str, Any]
 
@@ -27,11 +27,11 @@ def everywhere(config: Config, name: str) -> bool:
     return True
 
 
-def nothing(config: Config) -> str | None:
+def nothing(config: Any) -> str | None:
     return None
 
 
-def unsettled(config: Any, shared: Fields) -> Any:
+def unsettled(config: Any, found: Found) -> Any:
     return config
 
 
@@ -53,7 +53,8 @@ class Method:
     writes    whether ours are written as this method
     refuses   why a config of this kind cannot be read, or None
     inert     what its config may hold beside its options
-    settle    (our config, the tensors of `shared`) -> our config, with what only the tensors tell
+    settle    (our config, the folder's tensors) -> our config, with what only the tensors tell
+    unsaid    why a config of ours has no words here, or None
     fill      PEFT's tensors -> the same with what the file may leave out, before their shapes are checked
     """
 
@@ -74,7 +75,8 @@ class Method:
     writes: bool = True
     refuses: Callable[[Config], str | None] = nothing
     inert: frozenset[str] = frozenset()
-    settle: Callable[[Any, Fields], Any] = unsettled
+    settle: Callable[[Any, Found], Any] = unsettled
+    unsaid: Callable[[Any], str | None] = nothing
     fill: Convert = numbers.same
 
 
@@ -164,6 +166,10 @@ def never(steps: Any) -> Any:
     return None if steps == NEVER else steps
 
 
+def three_terms(config: Any) -> str | None:
+    return "terms=3: PEFT's 3 is its 4" if config.cayley == "neumann" and config.terms == 3 else None
+
+
 def as_cayley(neumann: Any) -> str:
     return "neumann" if neumann else "exact"
 
@@ -176,7 +182,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         peft_type="LORA", variant="pissa", keys=AB, options=RANKED, when={"init_lora_weights": "pissa"},
-        read=numbers.pissa_read, writes=False,
+        read=numbers.pissa_read, writes=False, settle=numbers.pissa_scales,
     ),
     Method(
         peft_type="LORA", variant="lora", keys=AB, options=RANKED,
@@ -205,11 +211,11 @@ METHODS: tuple[Method, ...] = (
     Method(peft_type="HRA", variant="hra", keys={"lora_u": "hra_u"}, options=(R,), alike=("r",)),
     Method(
         peft_type="OFT", variant="oft", keys={"lora_Q": "oft_R.weight"}, alike=("block_size",),
-        says={"init_weights": True, "fan_in_fan_out": False, "r": 0, "peft_version": "0.18.0"}, refuses=old_rotations,
+        says={"init_weights": True, "r": 0, "peft_version": "0.18.0"}, refuses=old_rotations, unsaid=three_terms, settle=numbers.oft_blocks,
         options=(
             Option("block_size", "oft_block_size", 32),
             Option("cayley", "use_cayley_neumann", True, as_cayley, lambda kind: kind == "neumann"),
-            Option("terms", "num_cayley_neumann_terms", 5),
+            Option("terms", "num_cayley_neumann_terms", 5, lambda n: 4 if n == 3 else n),  # PEFT's 3 has a Q^3, as its 4
         ),
         read=numbers.oft_signed, write=numbers.oft_signed, turn=scaled("lora_Q"),
     ),
