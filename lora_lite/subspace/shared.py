@@ -150,7 +150,8 @@ class SharedSubspace:
         """components_per_layer, total_params_compressed, total_params_original, compression_ratio, num_tasks, num_layers.
 
         Under budget_bytes a layer's components may be "raw" or "int8": sharing lost more there than the tasks' own factors do."""
-        layers = self._state.layers
+        state = self._state
+        layers = state.layers
         held = sum(math.prod(x.shape) for layer in layers.values() for x in layer.numbers())
         original = sum(r * (x.d_in + x.d_out) for x in layers.values() for r in x.ranks)
         return {
@@ -158,7 +159,7 @@ class SharedSubspace:
             "total_params_compressed": held,
             "total_params_original": original,
             "compression_ratio": original / max(1, held),
-            "num_tasks": len(self._state.configs),
+            "num_tasks": len(state.configs),
             "num_layers": len(layers),
         }
 
@@ -219,8 +220,9 @@ class SharedSubspace:
     def get_trainable_params(self, task_id: str, num_expand: int = 0, seed: int = 0) -> training.Trainable:
         """Parameters for a hand-written loop: `{layer}.loadings_a`/`_b` (a core or a diagonal: `{layer}.loadings`), starting at the
         task. num_expand further directions per side are the trained task's own until `commit`."""
-        having(self._state, task_id)
-        return training.trainable(self._state, task_id, num_expand, seed)
+        state = self._state
+        having(state, task_id)
+        return training.trainable(state, task_id, num_expand, seed)
 
     def starting(
         self, config: AdapterConfig, sizes: Mapping[str, tuple[int, int]], seed: int | None = None
