@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,3 +55,35 @@ def test_a_call_speaks_of_one_state(name: str) -> None:
     fewer.remove_task("task_2")
     sub = Overtaken(whole.state, fewer.state)
     assert READS[name](sub) == READS[name](whole) and sub.looks == 1
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------------------
+
+
+def untyped(tmp_path: Path, *calls: str) -> list[str]:
+    """What the calls are refused with where nothing checks annotations, as these tests do and a user's program does not."""
+    code = (
+        "import sys, torch; sys.path[:0] = sys.argv[1:2]; torch.set_num_threads(1)\n"
+        "from lora_lite.subspace import SharedSubspace\n"
+        "from tests.subspaces import family, of\n"
+        "sub, given = of(family(2)), family(2)\n"
+        "for call in sys.argv[2:]:\n"
+        "    try: print('taken', eval(call))\n"
+        "    except Exception as error: print(type(error).__name__, error)\n"
+    )
+    words = [sys.executable, "-c", code, str(Path(__file__).parents[1]), *calls]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True)
+    return done.stdout.splitlines()
+
+
+# Also where the adapters' layers agree and it would not be looked at: the file would not be read again.
+UNTYPED = {
+    "of(given, missing='comon')": r"ValueError missing must be one of \('error', 'zero', 'common'\), got 'comon'",
+}
+
+
+def test_an_argument_of_the_wrong_kind_is_named(tmp_path: Path) -> None:
+    said = untyped(tmp_path, "of(given, missing='common')", *UNTYPED)
+    assert said[0].startswith("taken SharedSubspace(2 tasks")  # the control
+    for line, (call, words) in zip(said[1:], UNTYPED.items(), strict=True):
+        assert re.match(words, line), (call, line)

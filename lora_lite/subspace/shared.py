@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from lora_lite.subspace.coefficients import FEATURE_KINDS
 from lora_lite.subspace.projection import TaskProjection, added, project
 from lora_lite.subspace.source import PathLike, source_of
 from lora_lite.subspace.state import Layer, Missing, Policy, State
+
+MISSING = get_args(Missing)
 
 
 class Sides(NamedTuple):
@@ -76,7 +78,7 @@ class SharedSubspace:
         Raises ValueError for no adapters, ids that do not match or repeat, NaN, shapes that differ, layers that are missing.
         """
         ids = task_names(task_ids, default_names(adapters))
-        policy = checked_policy(space, coefficients, variance_threshold, num_components, adaptive_k, budget_bytes)
+        policy = checked_policy(space, coefficients, variance_threshold, num_components, adaptive_k, budget_bytes, missing)
         sources = [source_of(t, a) for t, a in zip(ids, adapters, strict=True)]
         return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype))
 
@@ -103,7 +105,7 @@ class SharedSubspace:
         """
         ids = task_names(task_ids, file_names(paths))
         fixed = None if budget_bytes is not None else num_components
-        policy = checked_policy(space, coefficients, variance_threshold, fixed, adaptive_k, budget_bytes)
+        policy = checked_policy(space, coefficients, variance_threshold, fixed, adaptive_k, budget_bytes, missing)
         sources = [source_of(t, p) for t, p in zip(ids, paths, strict=True)]
         return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype, progress))
 
@@ -307,11 +309,15 @@ def task_names(given: Sequence[str] | None, default: list[str]) -> list[str]:
     return ids
 
 
-def checked_policy(space: str, coefficients: str, threshold: float, k: int | None, adaptive: bool, budget: int | None) -> Policy:
+def checked_policy(
+    space: str, coefficients: str, threshold: float, k: int | None, adaptive: bool, budget: int | None, missing: str = "error"
+) -> Policy:
     if space not in ("feature", "flat"):
         raise ValueError(f'space must be "feature" or "flat", got {space!r}')
     if coefficients not in FEATURE_KINDS:
         raise ValueError(f"coefficients must be one of {FEATURE_KINDS}, got {coefficients!r}")
+    if missing not in MISSING:
+        raise ValueError(f"missing must be one of {MISSING}, got {missing!r}")
     if not 0 < threshold <= 1:
         raise ValueError(f"variance_threshold must be in (0, 1], got {threshold!r}")
     if k is not None and (not isinstance(k, int) or k < 1):
