@@ -13,7 +13,7 @@ import pytest
 
 from lora_lite.subspace import SharedSubspace
 from lora_lite.subspace.state import State
-from tests.subspaces import family, of
+from tests.subspaces import family, of, snapshot
 
 pytestmark = pytest.mark.fast
 
@@ -87,3 +87,16 @@ def test_an_argument_of_the_wrong_kind_is_named(tmp_path: Path) -> None:
     assert said[0].startswith("taken SharedSubspace(2 tasks")  # the control
     for line, (call, words) in zip(said[1:], UNTYPED.items(), strict=True):
         assert re.match(words, line), (call, line)
+
+
+def test_options_may_be_given_by_place_in_the_order_of_the_origin() -> None:
+    """vlora's from_adapters(adapters, task_ids, variance_threshold, num_components, adaptive_k), and its streaming's third."""
+    given = family(4, noise=0.3)
+    ids = ["a", "b", "c", "d"]
+    assert snapshot(of_places(given, ids, 0.9)) == snapshot(of(given, task_ids=ids, variance_threshold=0.9))
+    assert snapshot(of_places(given, ids, 0.9, 2)) == snapshot(of(given, task_ids=ids, variance_threshold=0.9, num_components=2))
+    everything = snapshot(of(given, task_ids=ids, variance_threshold=0.9, num_components=2, adaptive_k=True))
+    assert snapshot(of_places(given, ids, 0.9, 2, True)) == everything
+
+
+of_places = SharedSubspace.from_adapters
