@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -100,3 +101,18 @@ def test_options_may_be_given_by_place_in_the_order_of_the_origin() -> None:
 
 
 of_places = SharedSubspace.from_adapters
+
+
+def test_streaming_refuses_k_beside_a_budget_as_batch_does(tmp_path: Path) -> None:
+    given = family(3)
+    for i, adapter in enumerate(given):
+        adapter.save(tmp_path / f"task_{i}.safetensors")
+    paths = sorted(tmp_path.iterdir())
+    streaming, batch = SharedSubspace.from_adapters_streaming, SharedSubspace.from_adapters
+    for made in (batch, streaming):
+        for k in (2, 4):  # 4 is what streaming takes where none is given
+            with pytest.raises(ValueError, match=rf"budget_bytes=5000.*without num_components={k}"):
+                made(paths, num_components=k, budget_bytes=5000)
+    assert snapshot(streaming(paths, budget_bytes=5000)) == snapshot(batch(paths, budget_bytes=5000))
+    assert snapshot(streaming(paths)) == snapshot(batch(paths, num_components=4))
+    assert repr(inspect.signature(streaming).parameters["num_components"].default) == "4"  # what `help` shows

@@ -26,6 +26,13 @@ from lora_lite.subspace.state import Layer, Missing, Policy, State
 MISSING = get_args(Missing)
 
 
+class Default(int):
+    """A number that no one gave: another argument may take its place."""
+
+
+NOT_GIVEN = Default(4)
+
+
 class Sides(NamedTuple):
     """Something of the output side (b, where B is) and of the input side (a)."""
 
@@ -87,7 +94,7 @@ class SharedSubspace:
         cls,
         paths: Sequence[PathLike],
         task_ids: Sequence[str] | None = None,
-        num_components: int | None = 4,
+        num_components: int | None = NOT_GIVEN,
         *,
         space: Literal["feature", "flat"] = "feature",
         coefficients: Literal["core", "factors", "diag"] = "core",
@@ -101,11 +108,11 @@ class SharedSubspace:
         """The same from files of `adapter.save` and PEFT folders, one layer of all of them in memory at a time: the same numbers.
 
         Ids are the names of the folders, of the files without ending, or of the files' folders where those repeat, unless given.
-        num_components=None leaves k to the threshold or the budget. progress(done, of) is called after each layer.
+        num_components=None leaves k to the threshold; under budget_bytes it is not given. progress(done, of) is called after each layer.
         """
         ids = task_names(task_ids, file_names(paths))
-        fixed = None if budget_bytes is not None else num_components
-        policy = checked_policy(space, coefficients, variance_threshold, fixed, adaptive_k, budget_bytes, missing)
+        k = None if num_components is NOT_GIVEN and budget_bytes is not None else num_components
+        policy = checked_policy(space, coefficients, variance_threshold, k, adaptive_k, budget_bytes, missing)
         sources = [source_of(t, p) for t, p in zip(ids, paths, strict=True)]
         return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype, progress))
 
@@ -324,4 +331,4 @@ def checked_policy(
         raise ValueError(f"num_components must be a whole number from 1, got {k!r}")
     if budget is not None and (k is not None or budget < 1):
         raise ValueError(f"give budget_bytes={budget!r} (positive) without num_components={k!r}")
-    return Policy(threshold, None if adaptive else k, budget)
+    return Policy(threshold, None if adaptive or k is None else int(k), budget)
