@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import lora_lite as ll
 from lora_lite.subspace import SharedSubspace
 from lora_lite.subspace.state import State
 from tests.subspaces import family, of, snapshot
@@ -77,9 +78,18 @@ def untyped(tmp_path: Path, *calls: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-# Also where the adapters' layers agree and it would not be looked at: the file would not be read again.
 UNTYPED = {
+    # also where the adapters' layers agree and it would not be looked at: the file would not be read again
     "of(given, missing='comon')": r"ValueError missing must be one of \('error', 'zero', 'common'\), got 'comon'",
+    "of(given, num_components=True)": "ValueError num_components must be a whole number from 1, got True",
+    "of(given, num_components=2.0)": "ValueError num_components must be a whole number from 1, got 2.0",
+    "of(given, variance_threshold='0.9')": r"ValueError variance_threshold must be in \(0, 1\], got '0.9'",
+    "of(given, variance_threshold=float('nan'))": r"ValueError variance_threshold must be in \(0, 1\], got nan",
+    "of(given, budget_bytes='1e6')": "ValueError budget_bytes must be a number from 1, got '1e6'",
+    "of(given, dtype=torch.int8)": "ValueError dtype must be a floating torch.dtype .* got torch.int8",
+    "of(given, dtype='float16')": "ValueError dtype must be a floating torch.dtype .* got 'float16'",
+    "sub.get_trainable_params('task_0', num_expand=1.5)": "ValueError num_expand must be a whole number from 0, got 1.5",
+    "sub.get_trainable_params('task_0', num_expand=-1)": "ValueError num_expand must be a whole number from 0, got -1",
 }
 
 
@@ -116,3 +126,10 @@ def test_streaming_refuses_k_beside_a_budget_as_batch_does(tmp_path: Path) -> No
     assert snapshot(streaming(paths, budget_bytes=5000)) == snapshot(batch(paths, budget_bytes=5000))
     assert snapshot(streaming(paths)) == snapshot(batch(paths, num_components=4))
     assert repr(inspect.signature(streaming).parameters["num_components"].default) == "4"  # what `help` shows
+
+
+def test_a_rank_beyond_all_reason_does_not_come_in_either() -> None:
+    """What load refuses is not there to be saved."""
+    wide = family(1, config=ll.LoRAConfig(r=5000))[0]
+    with pytest.raises(ValueError, match=r"'task_0'.*layers\.0.*rank 5,000 is too large.*at most 4,096"):
+        of([wide])

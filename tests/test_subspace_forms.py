@@ -588,6 +588,13 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "config of nowhere": lambda s: s.update(config_of=[0, 7, 0]),
     "config with a file": lambda s: s["configs"][0].update(base_model="/etc/passwd"),
     "policy": lambda s: s["policy"].update(path="/etc/passwd"),
+    "policy without a threshold": lambda s: s["policy"].update(variance_threshold=None),
+    "policy of more than all": lambda s: s["policy"].update(variance_threshold=7.0),
+    "policy of half a direction": lambda s: s["policy"].update(num_components=4.5),
+    "policy of a yes": lambda s: s["policy"].update(num_components=True),
+    "policy of a budget in words": lambda s: s["policy"].update(budget_bytes="much"),
+    "a rank that no memory holds": lambda s: s["having"][0].update(ranks=[3, 10**12, 3]),
+    "sizes that are no numbers of rows": lambda s: s["layers"][0].update(d_in=24.0),
     "no tasks": lambda s: s.pop("tasks"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import threading
@@ -86,6 +87,7 @@ class SharedSubspace:
         """
         ids = task_names(task_ids, default_names(adapters))
         policy = checked_policy(space, coefficients, variance_threshold, num_components, adaptive_k, budget_bytes, missing)
+        check_dtype(dtype)
         sources = [source_of(t, a) for t, a in zip(ids, adapters, strict=True)]
         return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype))
 
@@ -113,6 +115,7 @@ class SharedSubspace:
         ids = task_names(task_ids, file_names(paths))
         k = None if num_components is NOT_GIVEN and budget_bytes is not None else num_components
         policy = checked_policy(space, coefficients, variance_threshold, k, adaptive_k, budget_bytes, missing)
+        check_dtype(dtype)
         sources = [source_of(t, p) for t, p in zip(ids, paths, strict=True)]
         return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype, progress))
 
@@ -255,8 +258,7 @@ class SharedSubspace:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SharedSubspace:
         """Bases and coefficients onto a device, in a dtype; a dtype also undoes `quantize`. Returns self."""
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating torch.dtype such as torch.float32, got {dtype!r}; quantize(bits=8) makes integers")
+        check_dtype(dtype)
         with self._writing:
             self._state = change.moved(self._state, None if device is None else torch.device(device), dtype)
         return self
@@ -325,10 +327,12 @@ def checked_policy(
         raise ValueError(f"coefficients must be one of {FEATURE_KINDS}, got {coefficients!r}")
     if missing not in MISSING:
         raise ValueError(f"missing must be one of {MISSING}, got {missing!r}")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"variance_threshold must be in (0, 1], got {threshold!r}")
-    if k is not None and (not isinstance(k, int) or k < 1):
-        raise ValueError(f"num_components must be a whole number from 1, got {k!r}")
-    if budget is not None and (k is not None or budget < 1):
-        raise ValueError(f"give budget_bytes={budget!r} (positive) without num_components={k!r}")
-    return Policy(threshold, None if adaptive or k is None else int(k), budget)
+    policy = Policy(threshold, k, budget)
+    if budget is not None and k is not None:
+        raise ValueError(f"give budget_bytes={budget!r} without num_components={k!r}: a budget chooses k itself")
+    return dataclasses.replace(policy, num_components=None if adaptive or k is None else int(k))
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating torch.dtype such as torch.float32, got {dtype!r}; quantize(bits=8) makes integers")

@@ -57,8 +57,8 @@ class Trainable(dict[str, Parameter]):
 
 
 def trainable(state: State, task_id: str, num_expand: int, seed: int) -> Trainable:
-    if num_expand < 0:
-        raise ValueError(f"num_expand must be 0 or more, got {num_expand}")
+    if not isinstance(num_expand, int) or isinstance(num_expand, bool) or num_expand < 0:
+        raise ValueError(f"num_expand must be a whole number from 0, got {num_expand!r}")
     generator = torch.Generator().manual_seed(seed)
     places, values = {}, {}
     on_bases(state.layers, task_id)
