@@ -15,7 +15,7 @@ from lora_lite.subspace.apart import Apart, as_parts
 from lora_lite.subspace.bases import joined
 from lora_lite.subspace.block import Block
 from lora_lite.subspace.build import config_of
-from lora_lite.subspace.change import appended, read_all
+from lora_lite.subspace.change import appended, check_new, read_all
 from lora_lite.subspace.coefficients import Kind, Parts, encode
 from lora_lite.subspace.packed import Stored
 from lora_lite.subspace.source import Source
@@ -93,8 +93,7 @@ def same_bases(c: Caught, layer: Layer) -> bool:
 
 def added(state: State, p: TaskProjection) -> State:
     """With a projected task beside the others, whose coefficients and bases stay bit for bit."""
-    if p.task_id in state.configs:
-        raise ValueError(f"a task {p.task_id!r} is there already; remove_task it first, or give another id")
+    check_new(state, p.task_id)
     stale = [m for m, c in p.layers.items() if m not in state.layers or not same_bases(c, state.layers[m])]
     if stale or p.kind != state.kind:
         raise ValueError(
