@@ -12,7 +12,7 @@ import torch
 
 import lora_lite as ll
 from tests.models import llama, mlp, randomise
-from tests.subspaces import collection_error, family, of, relative_error, updates
+from tests.subspaces import MODULES, collection_error, family, of, relative_error, updates
 
 Run = Callable[..., tuple[int, Any, str]]
 
@@ -235,3 +235,15 @@ def test_a_mistake_is_one_line_and_status_2(words: list[str], said: str, run: Ru
     assert status == 2 and said in err and "Traceback" not in err and "lora-lite subspace" not in err
     for python in ("task_ids", "missing=", "dtype=", "budget_bytes", "()", 'space="', 'coefficients="', '"no task'):
         assert python not in err
+
+
+def test_add_names_the_layers_it_leaves_out_once(run: Run, tmp_path: Path) -> None:
+    whole = family(3)
+    for i, one in enumerate(whole):
+        one.save(tmp_path / f"{i}.safetensors")
+    family(1, modules=MODULES[:1])[0].save(tmp_path / "small.safetensors")
+    run("build", "0.safetensors", "small.safetensors", "--missing", "common", "--out", "tasks")
+    for words in (["add", "tasks", "1.safetensors"], ["add", "tasks", "2.safetensors", "--project"]):
+        status, found, err = run(*words)
+        assert status == 0 and max(found["covered_before"].values()) < 0.95
+        assert err.count(MODULES[1]) == 1 and "left out" in err

@@ -10,6 +10,7 @@ import torch
 from loguru import logger
 
 import lora_lite as ll
+from tests.models import generator, mlp
 from tests.subspaces import MODULES, family, of, snapshot, updates
 
 pytestmark = pytest.mark.fast
@@ -81,3 +82,48 @@ def test_nan_in_a_layer_that_is_left_out_is_told(said: list[str]) -> None:
     with pytest.raises(ValueError, match=r"'new'.*layers\.1.*NaN"):
         sub.project(whole, "new")
     assert snapshot(sub) == before
+
+
+# --- a training with fewer layers than the task ----------------------------------------------------------------------------------
+
+LIVE = ("layers.0.up", "layers.1.up")
+
+
+def trained(sub: ll.SharedSubspace, **config: Any) -> ll.Adapter:
+    live = ll.attach(mlp(depth=2), ll.SharedConfig(**config), shared=sub)
+    with torch.no_grad():
+        for p in live.parameters():
+            p.normal_(generator=generator(1), std=0.1)
+    return live
+
+
+def test_a_task_is_never_half_of_one_training_and_half_of_another() -> None:
+    sub = of(family(5, modules=LIVE, d_in=12, d_out=20), num_components=4)
+    live = trained(sub, targets=r"0\.up")
+    want, before = updates(live), snapshot(sub)
+    with pytest.raises(ValueError, match=r"'task_1' is there already.*1 layers that were not trained here: \['layers\.1\.up'\]"):
+        sub.commit(live, "task_1")
+    assert snapshot(sub) == before
+    for task in ("new", "task_1"):
+        sub.remove_task(task) if task in sub.tasks else None
+        sub.commit(live, task)
+        kept = updates(sub.reconstruct(task))
+        assert list(kept) == list(want) and all(torch.dist(kept[m], w) < 1e-5 for m, w in want.items())
+    whole = trained(sub)  # the control: all of the task's layers were trained
+    sub.commit(whole, "task_2")
+    assert all(torch.dist(updates(sub.reconstruct("task_2"))[m], w) < 1e-5 for m, w in updates(whole).items())
+
+
+def test_nor_where_a_layer_is_kept_apart() -> None:
+    """Such a layer has no bases, so nothing trains on it."""
+    shared = family(5, modules=LIVE, d_in=12, d_out=20, noise=0.0, rank=2)
+    alone = [family(1, modules=LIVE, d_in=12, d_out=20, noise=1.0, seed=10 + i)[0] for i in range(5)]
+    both = [(a, {LIVE[0]: a.tensors()[LIVE[0]], LIVE[1]: b.tensors()[LIVE[1]]}) for a, b in zip(shared, alone, strict=True)]
+    mixed = [ll.Adapter(a.config, tensors, a.sizes) for a, tensors in both]
+    sub = of(mixed, budget_bytes=2200)
+    held = sub.compression_stats()["components_per_layer"]
+    assert isinstance(held[LIVE[0]], tuple) and held[LIVE[1]] in ("raw", "int8")
+    with pytest.raises(ValueError, match=r"'task_1' is there already.*layers\.1\.up"):
+        sub.commit(trained(sub), "task_1")
+    sub.commit(trained(sub), "new")
+    assert sub.reconstruct("new").targets == [LIVE[0]]

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
-from lora_lite.cli.options import JSON
+from lora_lite.cli.options import JSON, log
 from lora_lite.cli.outputs import Force, check_file, check_peft_folders
 from lora_lite.subspace import Update, source_of
+from lora_lite.subspace.projection import project as projected
 
 app = typer.Typer(name="subspace", no_args_is_help=True, help="Many adapters of one base as one shared basis and a few numbers each.")
 
@@ -42,6 +43,12 @@ WORDS = {
     'space="flat"': "--space flat", 'space="feature"': "--space feature",
     "adapter.fingerprint = None": "in Python, adapter.fingerprint = None",
 }  # fmt: skip
+
+
+@app.callback()
+def warn() -> None:
+    """What the library leaves out or drops, it says."""
+    log()
 
 
 class Space(StrEnum):
@@ -125,7 +132,8 @@ def add(
     coverage = {}
     with refusals():
         for name, adapter in zip(names, tqdm(adapters, desc="adding", unit="adapter", delay=1.0), strict=True):
-            projection = sub.project(adapter, name)
+            # an absorb says itself which layers it leaves out
+            projection = sub.project(adapter, name) if project else projected(sub.state, source_of(name, adapter), name)
             coverage[name] = projection.coverage
             sub.add_task(projection) if project else sub.absorb(adapter, name)
         sub.save(out or file)

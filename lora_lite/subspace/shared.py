@@ -6,14 +6,16 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from loguru import logger
 from torch import Tensor
 
 from lora_lite.adapter import Adapter
+from lora_lite.checkpoint import listed
 from lora_lite.config import AdapterConfig
 from lora_lite.subspace import change, diagnosis, file, live, training
 from lora_lite.subspace.apart import Apart
@@ -191,8 +193,11 @@ class SharedSubspace:
     # -- tasks --------------------------------------------------------------------------------------------------------
 
     def project(self, adapter: Adapter | PathLike, task_id: str = "projected") -> TaskProjection:
-        """Where an adapter lies on the bases as they are; changes nothing. `p.coverage` says how much of it they hold."""
-        return project(self._state, source_of(task_id, adapter), task_id)
+        """Where an adapter lies on the bases as they are; changes nothing. `p.coverage` says how much of it they hold. Layers that
+        the subspace lacks hold none of it; a warning names them."""
+        p = project(self._state, source_of(task_id, adapter), task_id)
+        say_left_out(task_id, p.left_out)
+        return p
 
     def add_task(self, projection: TaskProjection) -> None:
         """Keep a projection. The bases stay, so the part they do not hold is lost; `absorb` makes room for it."""
@@ -201,10 +206,14 @@ class SharedSubspace:
 
     def absorb(self, adapter: Adapter | PathLike, task_id: str) -> None:
         """Take in an adapter and the directions it brings. Old tasks are carried into the new bases exactly, and lose at most what
-        `error_bound` then says; none of it where k has room. Cost does not depend on how the old adapters came in."""
+        `error_bound` then says; none of it where k has room. Cost does not depend on how the old adapters came in.
+
+        With missing="common" layers that the subspace lacks are left out, and a warning names them; with "zero" they come in."""
         source = source_of(task_id, adapter)
         with self._writing:
             self._state = change.absorb(self._state, source)
+            left_out = [m for m in source.modules if m not in self._state.layers]
+        say_left_out(task_id, left_out)
 
     absorb_incremental = absorb
 
@@ -248,7 +257,7 @@ class SharedSubspace:
 
     def commit(self, trained: Mapping[str, Tensor] | Adapter, task_id: str) -> None:
         """Keep what was trained as the task's coefficients, replacing it if it is there. Raises ValueError when the
-        bases moved meanwhile."""
+        bases moved meanwhile, and for a task that has layers which were not trained."""
         with self._writing:
             if isinstance(trained, Adapter):
                 trained = live.as_trainable(self._state, trained, task_id)
@@ -285,6 +294,11 @@ class SharedSubspace:
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__init__(values["_state"])
+
+
+def say_left_out(task: str, modules: Collection[str]) -> None:
+    if modules:
+        logger.warning("adapter {!r}: left out, since the subspace has no such layers: {}", task, listed(list(modules)))
 
 
 def having(state: State, task_id: str) -> dict[str, Layer]:
