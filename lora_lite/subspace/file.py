@@ -142,11 +142,7 @@ def check_ours(source: str, metadata: Mapping[str, str], head: Mapping[str, Any]
 
 def restored(said: dict[str, Any], flat: dict[str, Tensor]) -> State:
     kind: Kind = said["kind"]
-    if (
-        kind not in PARTS
-        or said["space"] != ("flat" if kind == "flat" else "feature")
-        or said["missing"] not in get_args(Missing)
-    ):
+    if kind not in PARTS or said["space"] != ("flat" if kind == "flat" else "feature") or said["missing"] not in get_args(Missing):
         raise ValueError(f"space {said['space']!r}, kind {kind!r}, missing {said['missing']!r}")
     if said["bits"] not in (None, 4, 8):
         raise ValueError(f"bits {said['bits']!r}")
