@@ -134,6 +134,19 @@ def test_diagnose_answers_per_layer(run: Run, given: list[ll.Adapter], tmp_path:
     assert "no verdict" in run("diagnose", "tasks", plain=True)[1]
 
 
+@pytest.mark.parametrize("space", ["feature", "flat"])
+def test_diagnose_is_short_for_people_and_whole_in_json(space: str, run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    paths = laid_out(given, tmp_path)
+    run("build", *paths, "--out", "tasks", "-k", "4", "--space", space)
+    layers = run("diagnose", "tasks", *paths)[1]["layers"]
+    for layer in layers.values():
+        for name in ("spectrum", "chance_spectrum"):
+            assert sorted(layer[name]) == ["a", "b"] and len(layer[name]["b"]) >= 5 and layer[name]["b"][0] > layer[name]["b"][4]
+    lines = run("diagnose", "tasks", *paths, plain=True)[1].splitlines()
+    assert lines[2:] == [f"{m}: {layer['verdict']}" for m, layer in layers.items()] and len(lines) == 4
+    assert all(len(line) < 200 for line in lines)
+
+
 def test_validate_holds_the_tasks_against_their_originals(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
     paths = laid_out(given, tmp_path)
     run("build", *paths, "--out", "tasks", "-k", "4")
@@ -208,7 +221,6 @@ def test_a_folder_that_takes_no_file_is_told_before_the_work(
         (["add", "tasks", "wide.safetensors"], "build with --missing zero allows that"),
         (["add", "int8", "a2.safetensors"], "--project works as it is, or build it again without --bits"),
         (["add", "diag", "a2.safetensors"], "--project, or build with --coefficients core"),
-        (["diagnose", "flat"], "build with --space feature"),
         (["export", "tasks", "--task", "nobody", "--out", "x"], "lora-lite: no task 'nobody' here"),
         (["info", "nothing"], "nothing"),
         (["info", "a0.safetensors"], "It is an adapter"),

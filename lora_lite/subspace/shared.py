@@ -180,8 +180,9 @@ class SharedSubspace:
     def diagnose(
         self, adapters: Mapping[str, Adapter | PathLike] | None = None, seed: int = 0, progress: Progress | None = None
     ) -> dict[str, diagnosis.Verdict]:
-        """By layer: does this collection share anything? See `lora_lite.subspace.diagnosis`. Give the adapters by task id for
-        figures of the originals; without them there is a verdict only where nothing was let go of a layer."""
+        """By layer, for every layer: does this collection share anything? See `lora_lite.subspace.diagnosis`. Give the adapters by task
+        id for figures of the originals; without them there is a verdict only where nothing was let go of a layer.
+        Raises ValueError for adapters that are not those of the tasks."""
         return diagnosis.diagnose(self._state, adapters, seed, progress)
 
     def __repr__(self) -> str:
