@@ -80,6 +80,17 @@ def test_a_layer_of_one_task_is_told_to_be_one() -> None:
     assert sub.diagnose()[MODULES[1]].text == "no task has this layer"
 
 
+@pytest.mark.parametrize("form", [{}, {"space": "flat"}], ids=["feature", "flat"])
+def test_a_layer_that_no_task_has_changed_shares_nothing_and_is_no_stranger(form: dict[str, Any]) -> None:
+    adapters = family(3)
+    with torch.no_grad():
+        for adapter in adapters:
+            adapter.tensors()[MODULES[1]]["lora_B"].zero_()
+    found = judged(adapters, of(adapters, num_components=5, **form))
+    assert found[MODULES[0]].shares is not None
+    assert found[MODULES[1]].shares is None and found[MODULES[1]].text == "its tasks change nothing here"
+
+
 @pytest.mark.parametrize("budget", [9000, 200_000], ids=["int8", "raw"])
 def test_a_layer_kept_apart_is_judged_too(budget: int) -> None:
     alone = strangers(5)

@@ -77,19 +77,26 @@ class Verdict:
     @property
     def shares(self) -> bool | None:
         """None: it cannot be told."""
-        if self.left_out is None or self.chance is None:
+        if self.left_out is None or self.chance is None or self.idle:
             return None
         chance = max(0.0, self.chance)
         return self.left_out > max(MORE_THAN_CHANCE * chance, chance + 0.05)
 
     @property
+    def idle(self) -> bool:
+        """Whether all updates are zero, as those of fresh adapters are."""
+        return self.spectrum is not None and () in self.spectrum
+
+    @property
     def needs_originals(self) -> bool:
-        return self.tasks > 1 and self.shares is None
+        return self.tasks > 1 and self.left_out is None
 
     @property
     def text(self) -> str:
         if self.tasks < 2:
             return "one task alone has this layer, so it shares it with none" if self.tasks else "no task has this layer"
+        if self.idle:
+            return "its tasks change nothing here"
         own = "" if self.held == "shared" else f"its tasks keep their own factors ({self.held}); "
         if self.left_out is None or self.chance is None:
             return f"{own}no verdict: up to {1 - self.coverage:.1%} of the adapters is not kept, and the rest would agree by itself; {ASK}"
