@@ -12,7 +12,7 @@ import torch
 
 import lora_lite as ll
 from tests.models import llama, mlp, randomise
-from tests.subspaces import collection_error, family, of, relative_error, updates
+from tests.subspaces import MODULES, collection_error, family, of, relative_error, updates
 
 Run = Callable[..., tuple[int, Any, str]]
 
@@ -134,6 +134,19 @@ def test_diagnose_answers_per_layer(run: Run, given: list[ll.Adapter], tmp_path:
     assert "no verdict" in run("diagnose", "tasks", plain=True)[1]
 
 
+@pytest.mark.parametrize("space", ["feature", "flat"])
+def test_diagnose_is_short_for_people_and_whole_in_json(space: str, run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
+    paths = laid_out(given, tmp_path)
+    run("build", *paths, "--out", "tasks", "-k", "4", "--space", space)
+    layers = run("diagnose", "tasks", *paths)[1]["layers"]
+    for layer in layers.values():
+        for name in ("spectrum", "chance_spectrum"):
+            assert sorted(layer[name]) == ["a", "b"] and len(layer[name]["b"]) >= 5 and layer[name]["b"][0] > layer[name]["b"][4]
+    lines = run("diagnose", "tasks", *paths, plain=True)[1].splitlines()
+    assert lines[2:] == [f"{m}: {layer['verdict']}" for m, layer in layers.items()] and len(lines) == 4
+    assert all(len(line) < 200 for line in lines)
+
+
 def test_validate_holds_the_tasks_against_their_originals(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
     paths = laid_out(given, tmp_path)
     run("build", *paths, "--out", "tasks", "-k", "4")
@@ -208,7 +221,6 @@ def test_a_folder_that_takes_no_file_is_told_before_the_work(
         (["add", "tasks", "wide.safetensors"], "build with --missing zero allows that"),
         (["add", "int8", "a2.safetensors"], "--project works as it is, or build it again without --bits"),
         (["add", "diag", "a2.safetensors"], "--project, or build with --coefficients core"),
-        (["diagnose", "flat"], "build with --space feature"),
         (["export", "tasks", "--task", "nobody", "--out", "x"], "lora-lite: no task 'nobody' here"),
         (["info", "nothing"], "nothing"),
         (["info", "a0.safetensors"], "It is an adapter"),
@@ -235,3 +247,15 @@ def test_a_mistake_is_one_line_and_status_2(words: list[str], said: str, run: Ru
     assert status == 2 and said in err and "Traceback" not in err and "lora-lite subspace" not in err
     for python in ("task_ids", "missing=", "dtype=", "budget_bytes", "()", 'space="', 'coefficients="', '"no task'):
         assert python not in err
+
+
+def test_add_names_the_layers_it_leaves_out_once(run: Run, tmp_path: Path) -> None:
+    whole = family(3)
+    for i, one in enumerate(whole):
+        one.save(tmp_path / f"{i}.safetensors")
+    family(1, modules=MODULES[:1])[0].save(tmp_path / "small.safetensors")
+    run("build", "0.safetensors", "small.safetensors", "--missing", "common", "--out", "tasks")
+    for words in (["add", "tasks", "1.safetensors"], ["add", "tasks", "2.safetensors", "--project"]):
+        status, found, err = run(*words)
+        assert status == 0 and max(found["covered_before"].values()) < 0.95
+        assert err.count(MODULES[1]) == 1 and "left out" in err

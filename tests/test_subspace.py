@@ -79,6 +79,20 @@ def readded(sub: SharedSubspace, task: str) -> ll.Adapter:
     return again
 
 
+@each_form
+def test_what_the_subspace_has_of_a_task_projects_onto_itself(form: dict[str, Any]):
+    """Under its own name, since a projection changes nothing; keeping it under that name is refused."""
+    sub = of(family(6), num_components=4, **form)
+    state, p = sub.state, sub.project(sub.reconstruct("task_3"), "task_3")
+    assert p.coverage == pytest.approx(1, abs=1e-6) and sub.state is state
+    for call in (lambda: sub.add_task(p), lambda: sub.absorb(sub.reconstruct("task_3"), "task_3")):
+        with pytest.raises(ValueError, match="'task_3' is there already"):
+            call()
+    sub.remove_task("task_3")
+    sub.add_task(p)
+    assert relative_error(SharedSubspace(state).reconstruct("task_3"), sub.reconstruct("task_3")) < 1e-5
+
+
 def test_a_stranger_is_not_covered():
     sub = of(family(6, noise=0.0), num_components=5)
     inside, outside_ = family(7, noise=0.0)[6], family(1, seed=9)[0]

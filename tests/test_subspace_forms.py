@@ -233,6 +233,10 @@ def test_a_live_adapter_of_other_bases_is_refused():
         sub.commit(live, "new")
 
 
+def start(coefficients: str, **config: Any) -> ll.Adapter:
+    return ll.attach(mlp(depth=2), ll.SharedConfig(**config), shared=on_mlp(coefficients=coefficients))
+
+
 NOT_LIVE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "no subspace": (lambda: ll.attach(mlp(depth=2), ll.SharedConfig()), ValueError, r"trains on the bases of a subspace.*shared=sub"),
     "no use for one": (lambda: ll.attach(mlp(depth=2), ll.LoRAConfig(), shared=on_mlp()), ValueError, "'lora' has no use for shared="),
@@ -241,6 +245,9 @@ NOT_LIVE: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "other sizes": (lambda: ll.attach(mlp(depth=2, hidden=24), ll.SharedConfig(), shared=on_mlp()), ValueError, r"2 layers.*\(12, 24\)"),
     "a layer it lacks": (lambda: ll.attach(mlp(), ll.SharedConfig(targets="up"), shared=on_mlp()), ValueError, r"lacks.*layers\.2\.up"),
     "a layer the model lacks": (lambda: ll.attach(mlp(depth=1), ll.SharedConfig(), shared=on_mlp()), ValueError, r"model lacks 1 of"),
+    "a core that a diagonal cannot keep": (lambda: start("diag", train="core"), ValueError, 'could not keep.*\'core\': train="diag"'),
+    "factors that a diagonal cannot keep": (lambda: start("diag", train="factors", task="task_1"), ValueError, 'could not keep'),
+    "a diagonal of a core": (lambda: start("core", train="diag", task="task_1"), ValueError, 'cannot start.*train="core" or "factors" can'),
     "unknown task": (lambda: ll.attach(mlp(depth=2), ll.SharedConfig(task="nobody"), shared=on_mlp()), KeyError, "nobody"),
     "activations": (lambda: ll.attach(mlp(depth=2), ll.SharedConfig(), {"x": 1}, shared=on_mlp()), ValueError, "no use of calibration"),
 }  # fmt: skip
@@ -271,6 +278,34 @@ def test_every_kind_starts_at_its_task_and_expanding_changes_nothing(kind: str):
         made(model)
         found.append(model(x))
     assert torch.allclose(found[0], found[1], atol=1e-5) and torch.allclose(found[1], found[2], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["core", "factors"])
+@pytest.mark.parametrize("train", ["core", "factors"])
+def test_a_task_starts_in_either_exact_form_and_comes_back(kind: str, train: str):
+    """With more ranks than directions too: those have a gradient, or they would never be of use."""
+    adapters = [*family(4, modules=LIVE, d_in=12, d_out=20), *family(1, modules=LIVE, d_in=12, d_out=20, r=6)]
+    with torch.no_grad():
+        adapters[3].tensors()[LIVE[0]]["lora_B"].zero_()
+    sub = of(adapters, num_components=4, coefficients=kind)
+    for task in ("task_2", "task_3", "task_4"):
+        live = ll.attach(model := mlp(depth=2), ll.SharedConfig(train=train, task=task, expand=1), seed=0, shared=sub)
+        want = updates(sub.reconstruct(task))
+        assert all(torch.dist(w, want[m]) < 1e-5 * (1 + w.norm()) for m, w in updates(live).items())
+        model(torch.randn(40, 12, generator=generator(0))).square().sum().backward()
+        if train == "factors":
+            assert live.tensors()[LIVE[0]]["lora_Y"].shape[0] == (6 if task == "task_4" else 3)
+            dead = [
+                int(sum(p.grad.abs().sum(1) for n, p in fields.items() if n in ("lora_Y", "lora_X") and p.grad is not None).eq(0).sum())  # type: ignore[union-attr]
+                for fields in live.tensors().values()
+            ]
+            assert kind != "core" or dead == [0, 0]
+        with torch.no_grad():
+            for p in live.parameters():
+                p.sub_(0.001 * p.grad)
+        now = updates(live)
+        sub.commit(live, task)
+        assert all(torch.dist(w, now[m]) < 1e-5 * (1 + w.norm()) for m, w in updates(sub.reconstruct(task)).items())
 
 
 def test_a_subspace_is_not_written_through_its_live_adapter(tmp_path: Path):
@@ -588,6 +623,13 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "config of nowhere": lambda s: s.update(config_of=[0, 7, 0]),
     "config with a file": lambda s: s["configs"][0].update(base_model="/etc/passwd"),
     "policy": lambda s: s["policy"].update(path="/etc/passwd"),
+    "policy without a threshold": lambda s: s["policy"].update(variance_threshold=None),
+    "policy of more than all": lambda s: s["policy"].update(variance_threshold=7.0),
+    "policy of half a direction": lambda s: s["policy"].update(num_components=4.5),
+    "policy of a yes": lambda s: s["policy"].update(num_components=True),
+    "policy of a budget in words": lambda s: s["policy"].update(budget_bytes="much"),
+    "a rank that no memory holds": lambda s: s["having"][0].update(ranks=[3, 10**12, 3]),
+    "sizes that are no numbers of rows": lambda s: s["layers"][0].update(d_in=24.0),
     "no tasks": lambda s: s.pop("tasks"),
 }
 

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
-from lora_lite.cli.options import JSON
+from lora_lite.cli.options import JSON, log
 from lora_lite.cli.outputs import Force, check_file, check_peft_folders
-from lora_lite.subspace import Update, source_of
+from lora_lite.subspace import Update, Verdict, source_of
+from lora_lite.subspace.projection import project as projected
 
 app = typer.Typer(name="subspace", no_args_is_help=True, help="Many adapters of one base as one shared basis and a few numbers each.")
 
@@ -38,10 +39,16 @@ WORDS = {
         "--project works as it is, or build it again without --bits",
     'coefficients="diag"': "--coefficients diag",
     'project() and add_task(), or build "core"': "--project, or build with --coefficients core",
-    "remove_task it first, or give another id": "give another --id", "diagnose() measures": "diagnose measures",
+    "remove_task it first, or give another id": "give another --id",
     'space="flat"': "--space flat", 'space="feature"': "--space feature",
     "adapter.fingerprint = None": "in Python, adapter.fingerprint = None",
 }  # fmt: skip
+
+
+@app.callback()
+def warn() -> None:
+    """What the library leaves out or drops, it says."""
+    log()
 
 
 class Space(StrEnum):
@@ -125,7 +132,8 @@ def add(
     coverage = {}
     with refusals():
         for name, adapter in zip(names, tqdm(adapters, desc="adding", unit="adapter", delay=1.0), strict=True):
-            projection = sub.project(adapter, name)
+            # an absorb says itself which layers it leaves out
+            projection = sub.project(adapter, name) if project else projected(sub.state, source_of(name, adapter), name)
             coverage[name] = projection.coverage
             sub.add_task(projection) if project else sub.absorb(adapter, name)
         sub.save(out or file)
@@ -161,19 +169,30 @@ def diagnose(
 ) -> None:
     """Does this collection share anything, and is a shared basis the cheapest way to keep it? A verdict per layer.
 
-    Of layers that were truncated only the originals can tell: without them there is no verdict."""
+    Of layers that were truncated only the originals can tell: without them there is no verdict. --json has all figures."""
     sub = opened(file)
     if adapters and len(adapters) != len(sub.tasks):
         raise UserError(f"{len(adapters)} adapters for the {len(sub.tasks)} tasks of {file}: {', '.join(sub.tasks[:5])}")
     given = dict(zip(sub.tasks, adapters, strict=True)) if adapters else None
     with refusals(), progress("layers", "layer") as step:
         verdicts = sub.diagnose(given, seed, progress=step)
-    layers = {m: {"verdict": v.text, "shares": v.shares, **vars(v), "bytes": dict(v.bytes)} for m, v in verdicts.items()}
     judged = [v.shares for v in verdicts.values() if v.shares is not None]
     sharing = f"{sum(judged)} of {len(judged)}"
-    if unknown := len(layers) - len(judged):
-        sharing += f"; no verdict on {unknown}: name the original adapters behind {file}, in the order of its tasks"
-    tell({"file": str(file), "layers_that_share": sharing, "layers": layers}, as_json)
+    if unknown := len(verdicts) - len(judged):
+        sharing += f"; no verdict on {unknown}"
+        if any(v.needs_originals for v in verdicts.values()):
+            sharing += f": name the original adapters behind {file}, in the order of its tasks"
+    found = {"file": str(file), "layers_that_share": sharing}
+    if as_json:
+        return tell(found | {"layers": {m: figures(v) for m, v in verdicts.items()}}, as_json)
+    tell(found, as_json)
+    for m, v in verdicts.items():
+        typer.echo(f"{m}: {v.text}")
+
+
+def figures(v: Verdict) -> dict[str, Any]:
+    spectra = {name: x and x._asdict() for name, x in (("spectrum", v.spectrum), ("chance_spectrum", v.chance_spectrum))}
+    return {"verdict": v.text, "shares": v.shares, **vars(v), "bytes": dict(v.bytes), **spectra}
 
 
 @app.command()

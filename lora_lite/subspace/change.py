@@ -49,6 +49,7 @@ def absorb(state: State, source: Source) -> State:
             f"this subspace is quantised to {state.bits} bits, and turning its basis would round every old task again; "
             "to(dtype=torch.float32) first, quantize() afterwards; project() and add_task() work as it is"
         )
+    check_new(state, source.task)
     updates = read_all(state, source)
     layers = dict(state.layers)
     for module, update in updates.items():
@@ -68,10 +69,13 @@ def admitted(state: State, source: Source) -> State:
     return dataclasses.replace(state, configs=configs, base=joined(state.base, source.base, source.task))
 
 
+def check_new(state: State, task: str) -> None:
+    if task in state.configs:
+        raise ValueError(f"a task {task!r} is there already; remove_task it first, or give another id")
+
+
 def read_all(state: State, source: Source, new: bool = True) -> dict[str, Update]:
     """The source's updates for the layers of the state, all checked before anything is computed."""
-    if source.task in state.configs:
-        raise ValueError(f"a task {source.task!r} is there already; remove_task it first, or give another id")
     joined(state.base, source.base, source.task)
     has = set(source.modules)
     absent, extra = [m for m in state.layers if m not in has], [m for m in source.modules if m not in state.layers]

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lite.adapter import Adapter
 from lora_lite.lowrank import LowRank
 from lora_lite.subspace.apart import Apart
 from lora_lite.subspace.block import Block, blocks
-from lora_lite.subspace.build import Progress, data
-from lora_lite.subspace.coefficients import encode
-from lora_lite.subspace.frame import Frame, leading
+from lora_lite.subspace.build import Progress, data, side
+from lora_lite.subspace.coefficients import encode, expand
+from lora_lite.subspace.frame import Frame, gram, leading
 from lora_lite.subspace.packed import Packed
-from lora_lite.subspace.source import PathLike, Update, source_of
-from lora_lite.subspace.state import Layer, State
+from lora_lite.subspace.source import PathLike, Source, Update, check_finite, same_sizes, source_of
+from lora_lite.subspace.state import Layer, Policy, State
 
+Space = Literal["feature", "flat"]
 SAMPLED = 8  # tasks left out in turn: each costs a basis of all the others
 SAME_SEED = 0.7  # cosine between two A's: unrelated ones are at 0, give or take 1 / sqrt(r k) where they share k directions
 MORE_THAN_CHANCE = 1.5
@@ -26,54 +29,86 @@ MORE_THAN_CHANCE = 1.5
 # three unrelated ones, of which 10% was let go, found 100% of one another; of the originals it is 1%.
 WHOLE = 1e-3
 ASK = "give the original adapters"
+LEADING = 64  # directions of a spectrum that are told
+
+
+class Spectra(NamedTuple):
+    """Of the output side (b) and of the input side (a): what each direction, strongest first, holds of all updates together. In "flat"
+    of that side's flattened factors, the mean taken away."""
+
+    b: tuple[float, ...]
+    a: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one layer's updates have in common.
+    """What one layer's updates have in common, as shares of |dW|^2.
 
-    coverage     how much of the tasks the k directions kept hold; without the originals at least this, from the tasks' bounds
+    coverage     how much of the tasks the k directions kept hold; without the originals at least this, from the tasks' bounds (in
+                 "flat" of each factor)
     left_out     the same of a task whose own update was left out when the basis was made: what a new task may expect
-    chance       `left_out` when every update keeps its singular values and gets random directions
+    chance       `left_out` when every update keeps its singular values and gets random directions; in "flat", when its factors keep
+                 their lengths and get random entries
     mean_adapter 1 - |dW - mean|^2 / |dW|^2: what one and the same adapter for all tasks would do
-    seed_groups  tasks that will have started from one seed; found in the originals' own A only
+    spectrum, chance_spectrum  of the updates, and of those that `chance` is of
+    seed_groups  tasks that will have started from one seed; found in the originals' own A only, which "flat" keeps
     bytes        at the shared basis' error: "shared", "diag", "truncated", "int8"; None where it cannot reach that error
     originals    whether this was measured on the adapters, or on what was kept of them
+    held         "shared", or how the tasks' own factors are kept where the layer has no basis; as many directions as such a task has
+                 ranks are tried then, and no bytes compared
+    tasks        how many have the layer
 
-    left_out, chance and mean_adapter are None, and bytes is empty, where a part of the adapters is gone and the originals were not given.
+    left_out, chance, mean_adapter and the spectra are None, and bytes is empty, where there are fewer than two tasks, or a part of the
+    adapters is gone and the originals were not given.
     """
 
     coverage: float
     left_out: float | None
     chance: float | None
     mean_adapter: float | None
+    spectrum: Spectra | None
+    chance_spectrum: Spectra | None
     seed_groups: tuple[tuple[str, ...], ...]
     bytes: Mapping[str, int | None]
     originals: bool
+    held: Literal["shared", "raw", "int8", "int4"]
+    tasks: int
 
     @property
     def shares(self) -> bool | None:
         """None: it cannot be told."""
-        if self.left_out is None or self.chance is None:
+        if self.left_out is None or self.chance is None or self.idle:
             return None
-        return self.left_out > max(MORE_THAN_CHANCE * self.chance, self.chance + 0.05)
+        chance = max(0.0, self.chance)
+        return self.left_out > max(MORE_THAN_CHANCE * chance, chance + 0.05)
+
+    @property
+    def idle(self) -> bool:
+        """Whether all updates are zero, as those of fresh adapters are."""
+        return self.spectrum is not None and () in self.spectrum
+
+    @property
+    def needs_originals(self) -> bool:
+        return self.tasks > 1 and self.left_out is None
 
     @property
     def text(self) -> str:
-        if self.shares is None:
-            return f"no verdict: {1 - self.coverage:.1%} of the adapters is not kept, and the rest would agree by itself; {ASK}"
-        best = min((b, name) for name, b in self.bytes.items() if b is not None)[1]
-        first = f"a new task finds {self.left_out:.0%} of itself here, {self.chance:.0%} by chance: " + (
-            "the tasks share directions" if self.shares else "nothing is shared"
-        )
-        return f"{first}; the cheapest at this error is {best}"
+        if self.tasks < 2:
+            return "one task alone has this layer, so it shares it with none" if self.tasks else "no task has this layer"
+        if self.idle:
+            return "its tasks change nothing here"
+        own = "" if self.held == "shared" else f"its tasks keep their own factors ({self.held}); "
+        if self.left_out is None or self.chance is None:
+            return f"{own}no verdict: up to {1 - self.coverage:.1%} of the adapters is not kept, and the rest would agree by itself; {ASK}"
+        found = f"a new task finds {max(0.0, self.left_out):.0%} of itself here, {max(0.0, self.chance):.0%} by chance"
+        best = min(((b, name) for name, b in self.bytes.items() if b is not None), default=None)
+        cheapest = f"; the cheapest at this error is {best[1]}" if best else ""
+        return f"{own}{found}: {'the tasks share directions' if self.shares else 'nothing is shared'}{cheapest}"
 
 
 def diagnose(
     state: State, adapters: Mapping[str, Adapter | PathLike] | None, seed: int, progress: Progress | None = None
 ) -> dict[str, Verdict]:
-    if state.space == "flat":
-        raise ValueError('diagnose() measures directions of dW, which space="flat" does not keep; build with space="feature"')
     if adapters is not None and set(adapters) != set(state.configs):
         raise ValueError(f"diagnose() needs the adapters of {list(state.configs)[:5]}, got {list(adapters)[:5]}")
     sources = None if adapters is None else {t: source_of(t, a) for t, a in adapters.items()}
@@ -82,47 +117,92 @@ def diagnose(
     for done, (m, layer) in enumerate(state.layers.items(), 1):
         if progress is not None:
             progress(done, len(state.layers))
-        if len(layer.tasks) < 2 or isinstance(layer, Apart):
+        gone = let_go(state, layer)
+        if len(layer.tasks) < 2 or (sources is None and gone > WHOLE):
+            found[m] = Verdict(1 - gone, None, None, None, None, None, (), {}, False, held(layer), len(layer.tasks))
             continue
-        if sources is None and (gone := let_go(layer)) > WHOLE:
-            found[m] = Verdict(1 - gone, None, None, None, (), {}, False)
-            continue
-        updates = [as_update(layer.update(state.kind, t)) if sources is None else sources[t].read(m) for t in layer.tasks]
-        found[m] = verdict(layer, updates, sources is not None, generator)
+        updates = [as_update(layer.update(state.kind, t)) if sources is None else original(sources[t], m, layer) for t in layer.tasks]
+        found[m] = verdict(state.space, layer, updates, gone, sources is not None, generator)
     return found
 
 
-def let_go(layer: Layer) -> float:
-    """The share of the layer's |dW|^2 that is not kept, at most."""
-    whole = float(layer.energy.double().sum())
-    return min(1.0, float(layer.lost.double().sum()) / whole) if whole else 0.0
+def original(source: Source, module: str, layer: Layer) -> Update:
+    if module not in source.modules:
+        raise ValueError(f"the adapter given for task {source.task!r} has no layer {module!r}, which the task has; is it another's?")
+    update = same_sizes(source.task, module, source.read(module), (layer.d_in, layer.d_out), "the subspace")
+    check_finite(source.task, module, update)
+    return Update(update.A.to(layer.lost.device), update.B.to(layer.lost.device), update.scale)
+
+
+def held(layer: Layer) -> Literal["shared", "raw", "int8", "int4"]:
+    return layer.held if isinstance(layer, Apart) else "shared"
+
+
+def let_go(state: State, layer: Layer) -> float:
+    """The share of the layer's |dW|^2 that is not kept, at most. In "flat" the bounds are of both factors together; all of what is lost
+    may be of the smaller one."""
+    whole, lost = float(layer.energy.double().sum()), float(layer.lost.double().sum())
+    if state.space == "flat":
+        kept = [layer.update(state.kind, t) for t in layer.tasks]
+        whole = sum(min(float(u.A.double().square().sum()), float(u.B.double().square().sum())) for u in kept)
+    return min(1.0, lost / whole) if whole else float(lost > 0)
 
 
 def as_update(u: LowRank) -> Update:
     return Update(u.A, u.B, float(u.g))
 
 
-def verdict(layer: Layer, updates: Sequence[Update], originals: bool, generator: torch.Generator) -> Verdict:
-    kb, ka = max(1, layer.b.k), max(1, layer.a.k)
-    b, a = bases(updates, kb, ka)
-    errors = sum(1 - covered(b, a, u) for u in updates)
+def verdict(space: Space, layer: Layer, given: Sequence[Update], gone: float, originals: bool, generator: torch.Generator) -> Verdict:
+    widest = max(u.rank for u in given)
+    updates = [of_rank(widest, u) for u in given] if space == "flat" else given
+    apart = isinstance(layer, Apart)
+    kb, ka = (min(widest, d) for d in (layer.d_out, layer.d_in)) if apart else (max(1, layer.b.k), max(1, layer.a.k))
+    b, a = bases(space, updates, kb, ka)
+    random = [scrambled(space, u, generator) for u in updates]
     return Verdict(
-        coverage=1 - float(errors) / len(updates),
-        left_out=left_out(updates, kb, ka),
-        chance=left_out([scrambled(u, generator) for u in updates], kb, ka),
+        coverage=1 - gone if apart else sum(covered(space, b, a, u) for u in updates) / len(updates),
+        left_out=left_out(space, updates, kb, ka),
+        chance=left_out(space, random, kb, ka),
         mean_adapter=mean_share(updates),
-        seed_groups=same_seed(layer.tasks, updates) if originals else (),
-        bytes=equal_error(updates, b, a),
+        spectrum=spectra(space, updates),
+        chance_spectrum=spectra(space, random),
+        seed_groups=same_seed(layer.tasks, given) if originals or space == "flat" or apart else (),
+        bytes={} if apart else equal_error(space, given, b, a, sum(missed(space, b, a, u) for u in updates)),
         originals=originals,
+        held=held(layer),
+        tasks=len(layer.tasks),
     )
 
 
-def bases(updates: Sequence[Update], kb: int, ka: int) -> tuple[Frame, Frame]:
+def of_rank(r: int, u: Update) -> Update:
+    """The same update with zeros behind, so that flattened factors are of one length."""
+    return Update(F.pad(u.A, (0, 0, 0, r - u.rank)), F.pad(u.B, (0, r - u.rank)), u.scale)
+
+
+def bases(space: Space, updates: Sequence[Update], kb: int, ka: int) -> tuple[Frame, Frame]:
     found = []
-    for X, k in zip(data("core", list(blocks(updates)), torch.float64), (kb, ka), strict=True):
-        U, energy = leading(X, lambda spectrum, total, k=k: min(k, len(spectrum)), k)
-        found.append(Frame(U, None, energy))
+    for X, k in zip(rows(space, updates), (kb, ka), strict=True):
+        if space == "flat":
+            found.append(side("flat", Policy(num_components=k), X, torch.float64))
+        else:
+            U, energy = leading(X, lambda spectrum, total, k=k: min(k, len(spectrum)), k)
+            found.append(Frame(U, None, energy))
     return found[0], found[1]
+
+
+def rows(space: Space, updates: Sequence[Update]) -> tuple[Tensor, Tensor]:
+    return data("flat" if space == "flat" else "core", list(blocks(updates)), torch.float64)
+
+
+def spectra(space: Space, updates: Sequence[Update]) -> Spectra:
+    found = []
+    for X in rows(space, updates):
+        whole = float(X.square().sum())
+        if space == "flat":
+            X -= X.mean(0)
+        values = torch.linalg.eigvalsh(gram(X if len(X) <= X.shape[1] else X.T)).flip(0).clamp(min=0)
+        found.append(tuple((values[:LEADING] / whole).tolist()) if whole else ())
+    return Spectra(*found)
 
 
 def core(b: Frame, a: Frame, u: Update) -> Tensor:
@@ -133,30 +213,45 @@ def energy(u: Update) -> float:
     return u.scale**2 * float(((u.B.T @ u.B).double() * (u.A @ u.A.T).double()).sum())
 
 
-def covered(b: Frame, a: Frame, u: Update) -> float:
+def missed(space: Space, b: Frame, a: Frame, u: Update) -> float:
+    """|dW - kept|^2."""
+    if space == "feature":
+        return max(0.0, energy(u) - float(core(b, a, u).square().sum()))
+    A, B = expand("flat", encode("flat", b, a, Block([u])).parts, b, a, u.rank, u.sizes)
+    return apart_by(u, A, B)
+
+
+def apart_by(u: Update, A: Tensor, B: Tensor) -> float:
+    return energy(Update(torch.cat([u.A.double(), A.double()]), torch.cat([u.B.double(), -B.double()], dim=1), u.scale))
+
+
+def covered(space: Space, b: Frame, a: Frame, u: Update) -> float:
     whole = energy(u)
-    return float(core(b, a, u).square().sum()) / whole if whole else 1.0
+    return 1 - missed(space, b, a, u) / whole if whole else 1.0
 
 
-def left_out(updates: Sequence[Update], kb: int, ka: int) -> float:
+def left_out(space: Space, updates: Sequence[Update], kb: int, ka: int) -> float:
     n = len(updates)
     chosen = sorted({round(i * (n - 1) / max(1, min(SAMPLED, n) - 1)) for i in range(min(SAMPLED, n))})
     shares = []
     for i in chosen:
-        b, a = bases([u for j, u in enumerate(updates) if j != i], kb, ka)
-        shares.append(covered(b, a, updates[i]))
+        b, a = bases(space, [u for j, u in enumerate(updates) if j != i], kb, ka)
+        shares.append(covered(space, b, a, updates[i]))
     return sum(shares) / len(shares)
 
 
-def scrambled(u: Update, generator: torch.Generator) -> Update:
-    """The same singular values along random directions."""
+def scrambled(space: Space, u: Update, generator: torch.Generator) -> Update:
+    """The same singular values along random directions; in "flat" the same lengths of factors."""
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(u.A.device)
+
+    if space == "flat":
+        A, B = (F.normalize(drawn(x.numel()), dim=0).view(x.shape) * x.double().norm() for x in (u.A, u.B))
+        return Update(A, B, u.scale)
     _, S, _ = LowRank(u.A.double(), u.B.double()).svd()
-
-    def directions(d: int) -> Tensor:
-        drawn = torch.randn(d, len(S), generator=generator, dtype=torch.float64)
-        return torch.linalg.qr(drawn).Q.to(S.device)
-
-    return Update(directions(u.A.shape[1]).T, directions(u.B.shape[0]) * S, u.scale)
+    right, left = (torch.linalg.qr(drawn(d, len(S))).Q for d in u.sizes)
+    return Update(right.T, left * S, u.scale)
 
 
 def mean_share(updates: Sequence[Update]) -> float:
@@ -179,29 +274,27 @@ def same_seed(tasks: Sequence[str], updates: Sequence[Update]) -> tuple[tuple[st
     return tuple(g for g in found if len(g) > 1)
 
 
-def equal_error(updates: Sequence[Update], b: Frame, a: Frame) -> dict[str, int | None]:
-    """Bytes in float32 (or int8) that each form takes to be no further from the updates than a shared core."""
+def equal_error(space: Space, updates: Sequence[Update], b: Frame, a: Frame, error: float) -> dict[str, int | None]:
+    """Bytes in float32 (or int8) that each form takes to be no further from the updates than the shared one, which has this error."""
     whole = sum(map(energy, updates))
-    cores = [core(b, a, u) for u in updates]
-    error = max(whole - sum(float(c.square().sum()) for c in cores), 1e-10 * whole)
+    error = max(error, 1e-10 * whole)
     k, basis = min(b.k, a.k), 4 * (b.k * b.d + a.k * a.d)
-    diagonal = whole - sum(float(c.diagonal().square().sum()) for c in cores)
     spectra = [LowRank(u.A.double(), u.B.double() * u.scale).svd()[1].square() for u in updates]
-    tail, kept = torch.cat(spectra).sort().values.cumsum(0), 0
+    tail = torch.cat(spectra).sort().values.cumsum(0)
     kept = int((tail > error).sum())  # the smallest singular values of all tasks go first
-    return {
+    d_in, d_out = updates[0].sizes
+    found: dict[str, int | None] = {
         "shared": basis + 4 * len(updates) * b.k * a.k,
-        "diag": basis + 4 * len(updates) * k if diagonal <= error else None,
-        "truncated": 4 * kept * (b.d + a.d),
+        "diag": None,
+        "truncated": 4 * kept * (d_in + d_out),
         "int8": sum(Packed.of(x, 8, 128).nbytes for u in updates for x in (u.A, u.B)) if rounding(updates) <= error else None,
     }
+    if space == "flat":
+        return found | {"shared": basis + 4 * (b.d + a.d) + 4 * len(updates) * (b.k + a.k)}
+    diagonal = whole - sum(float(core(b, a, u).diagonal().square().sum()) for u in updates)
+    return found | {"diag": basis + 4 * len(updates) * k if diagonal <= error else None}
 
 
 def rounding(updates: Sequence[Update]) -> float:
     """Squared error of factors held in int8."""
-    total = 0.0
-    for u in updates:
-        A, B = Packed.of(u.A, 8, 128).dense().to(u.A), Packed.of(u.B.T, 8, 128).dense().T.to(u.B)
-        both = Update(torch.cat([u.A, A]).double(), torch.cat([u.B, -B], dim=1).double(), u.scale)
-        total += energy(both)
-    return total
+    return sum(apart_by(u, Packed.of(u.A, 8, 128).dense(), Packed.of(u.B.T, 8, 128).dense().T) for u in updates)

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -36,7 +36,8 @@ from lora_lite.subspace.apart import Apart
 from lora_lite.subspace.coefficients import Kind
 from lora_lite.subspace.frame import Frame
 from lora_lite.subspace.packed import Packed, Stored
-from lora_lite.subspace.state import Layer, Policy, State
+from lora_lite.subspace.source import largest_rank
+from lora_lite.subspace.state import Layer, Missing, Policy, State
 from lora_lite.variants.lora import LoRAConfig
 from lora_lite.version import __version__
 
@@ -141,11 +142,7 @@ def check_ours(source: str, metadata: Mapping[str, str], head: Mapping[str, Any]
 
 def restored(said: dict[str, Any], flat: dict[str, Tensor]) -> State:
     kind: Kind = said["kind"]
-    if (
-        kind not in PARTS
-        or said["space"] != ("flat" if kind == "flat" else "feature")
-        or said["missing"] not in ("error", "zero", "common")
-    ):
+    if kind not in PARTS or said["space"] != ("flat" if kind == "flat" else "feature") or said["missing"] not in get_args(Missing):
         raise ValueError(f"space {said['space']!r}, kind {kind!r}, missing {said['missing']!r}")
     if said["bits"] not in (None, 4, 8):
         raise ValueError(f"bits {said['bits']!r}")
@@ -210,6 +207,10 @@ def unpacked(values: Tensor, scales: Tensor, shape: tuple[int, ...], bits: int, 
 def check_layer(kind: Kind, x: Layer) -> None:
     """Every shape that follows from another."""
     n, kb, ka = len(x.tasks), x.b.k, x.a.k
+    if not all(isinstance(d, int) and d > 0 for d in (x.d_in, x.d_out)):
+        raise ValueError(f"a layer {x.d_in!r} -> {x.d_out!r}")
+    if max(x.ranks, default=0) > (most := largest_rank(x.d_in, x.d_out)):
+        raise ValueError(f"a layer {x.d_in} -> {x.d_out} has a task of rank {max(x.ranks):,}; at most {most:,}")
     if kind == "flat":
         sizes_fit = x.b.d % x.d_out == 0 and x.a.d % x.d_in == 0 and max(x.ranks, default=0) * x.d_in <= x.a.d
     else:

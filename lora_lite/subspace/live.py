@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
 from lora_lite.subspace.apart import Apart
-from lora_lite.subspace.coefficients import Kind, Parts, as_cores, padded
+from lora_lite.subspace.coefficients import Kind, Parts, padded
 from lora_lite.subspace.state import Layer, State
-from lora_lite.subspace.training import Place, Trainable, basis_hash, expanded, on_bases
+from lora_lite.subspace.training import Place, Trainable, basis_hash, converted, expanded, on_bases
 from lora_lite.variants.shared import SharedConfig, small
 
 FIELDS = {"core": ("lora_core",), "diag": ("lora_diag",), "factors": ("lora_Y", "lora_X"), "flat": ("lora_y", "lora_x")}
@@ -48,8 +49,10 @@ def check_train(state: State, config: SharedConfig) -> None:
         raise ValueError(f'train={config.train!r} does not fit a subspace of space="{state.space}"')
     if config.task is not None and config.task not in state.configs:
         raise KeyError(f"no task {config.task!r} here; there are {list(state.configs)[:20]}")
-    if config.task is not None and config.train not in (state.kind, "core", "flat"):
-        raise ValueError(f'train={config.train!r} cannot start at a task kept as {state.kind!r}; train="core" can')
+    if state.kind == "diag" and config.train != "diag":
+        raise ValueError(f'a subspace of "diag" coefficients could not keep what was trained as {config.train!r}: train="diag"')
+    if config.task is not None and config.train == "diag" != state.kind:
+        raise ValueError(f'train="diag" cannot start at a task kept as {state.kind!r}, which is no diagonal; train="core" or "factors" can')
 
 
 def check_places(state: State, config: SharedConfig, sizes: Sizes, modules: Sequence[str]) -> None:
@@ -102,10 +105,25 @@ def beginnings(state: State, layer: Layer, config: SharedConfig, r: int, generat
     kb, ka, device = layer.b.k, layer.a.k, layer.lost.device
     if config.task is not None:
         own = layer.own(state.kind, config.task)
-        return own if config.train == state.kind else (as_cores(state.kind, own, [own[0].shape[0]]),)
+        start = converted(config.train, state.kind, own)
+        return (
+            start
+            if config.train == state.kind or config.train != "factors"
+            else of_rank(r, start, torch.finfo(own[0].dtype).eps, generator)
+        )
     shapes = {"core": [(1, kb, ka)], "diag": [(1, min(kb, ka))], "factors": [(r, kb), (r, ka)], "flat": [(1, kb), (1, ka)]}[config.train]
     fresh = tuple(torch.zeros(s, device=device) for s in shapes)
     return (fresh[0], small((r, ka), generator).to(device)) if config.train == "factors" else fresh
+
+
+def of_rank(r: int, parts: Parts, noise: float, generator: torch.Generator | None) -> Parts:
+    """Y (r, k_b) and X (r, k_a) of the same core, whose singular values they share. Where those are nothing but rounding, both are zero
+    and no gradient would ever leave: such ranks begin as those of a new task do."""
+    Y, X = parts
+    strength = X.square().sum(1)
+    alive = min(r, int((strength > noise * strength.amax()).sum())) if len(strength) else 0
+    Y, X, more = Y[:alive], X[:alive], r - alive
+    return F.pad(Y, (0, 0, 0, more)), torch.cat([X, small((more, X.shape[1]), generator).to(X)])
 
 
 def as_trainable(state: State, adapter: Adapter, task_id: str) -> Trainable:

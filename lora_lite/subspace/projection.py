@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from lora_lite.subspace.apart import Apart, as_parts
 from lora_lite.subspace.bases import joined
 from lora_lite.subspace.block import Block
 from lora_lite.subspace.build import config_of
-from lora_lite.subspace.change import appended, read_all
+from lora_lite.subspace.change import appended, check_new, read_all
 from lora_lite.subspace.coefficients import Kind, Parts, encode
 from lora_lite.subspace.packed import Stored
-from lora_lite.subspace.source import Source
+from lora_lite.subspace.source import Source, check_finite
 from lora_lite.subspace.state import Layer, State
 
 
@@ -39,6 +39,7 @@ class TaskProjection:
     """An adapter's coefficients on a subspace's bases: `p = sub.project(adapter, task_id="new"); p.coverage; sub.add_task(p)`.
 
     It belongs to the bases it was made on: after an absorb, quantize or to, `add_task` refuses it.
+    left_out: by layer that the subspace lacks, how large the adapter is there; all of that is lost.
     """
 
     task_id: str
@@ -46,15 +47,18 @@ class TaskProjection:
     layers: Mapping[str, Caught]
     config: AdapterConfig
     base: Mapping[str, Any] | None = None
+    left_out: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def coverage(self) -> float:
-        """1 - |error|^2 / |update|^2 over all layers: 1 is all of it. In "flat", of the factors; it may be below 0 there."""
-        return _share(sum(c.error for c in self.layers.values()), sum(c.energy for c in self.layers.values()))
+        """1 - |error|^2 / |update|^2 over all the adapter's layers: 1 is all of it. In "flat", of the factors; it may be below 0 there."""
+        lost = sum(self.left_out.values())
+        return _share(lost + sum(c.error for c in self.layers.values()), lost + sum(c.energy for c in self.layers.values()))
 
     @property
     def coverage_by_layer(self) -> dict[str, float]:
-        return {m: _share(c.error, c.energy) for m, c in self.layers.items()}
+        """Layers that the subspace lacks are there with nothing."""
+        return {m: _share(c.error, c.energy) for m, c in self.layers.items()} | dict.fromkeys(self.left_out, 0.0)
 
     @property
     def loadings_a(self) -> dict[str, Tensor]:
@@ -84,7 +88,19 @@ def project(state: State, source: Source, task_id: str) -> TaskProjection:
         coded = encode(state.kind, layer.b, layer.a, alone, torch.float64 if state.bits is not None else layer.b.basis().dtype)
         bases = (layer.b.components, layer.a.components)
         caught[m] = Caught(coded.parts, u.rank, u.scale, float(coded.energy), float(coded.error), bases)
-    return TaskProjection(task_id, state.kind, caught, source.base_config, source.base)
+    return TaskProjection(task_id, state.kind, caught, source.base_config, source.base, sizes_beside(state, source))
+
+
+def sizes_beside(state: State, source: Source) -> dict[str, float]:
+    """By layer that the subspace lacks: the squared size of the update there, in "flat" of its factors."""
+    found = {}
+    for m in source.modules:
+        if m not in state.layers:
+            u = source.read(m)
+            check_finite(source.task, m, u)
+            flat = u.A.double().square().sum() + u.B.double().square().sum()
+            found[m] = float(flat if state.kind == "flat" else Block([u]).energy)
+    return found
 
 
 def same_bases(c: Caught, layer: Layer) -> bool:
@@ -93,8 +109,7 @@ def same_bases(c: Caught, layer: Layer) -> bool:
 
 def added(state: State, p: TaskProjection) -> State:
     """With a projected task beside the others, whose coefficients and bases stay bit for bit."""
-    if p.task_id in state.configs:
-        raise ValueError(f"a task {p.task_id!r} is there already; remove_task it first, or give another id")
+    check_new(state, p.task_id)
     stale = [m for m, c in p.layers.items() if m not in state.layers or not same_bases(c, state.layers[m])]
     if stale or p.kind != state.kind:
         raise ValueError(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+from loguru import logger
 from torch import Tensor
 
 from lora_lite.adapter import Adapter
+from lora_lite.checkpoint import listed
 from lora_lite.config import AdapterConfig
 from lora_lite.subspace import change, diagnosis, file, live, training
 from lora_lite.subspace.apart import Apart
@@ -22,6 +25,15 @@ from lora_lite.subspace.coefficients import FEATURE_KINDS
 from lora_lite.subspace.projection import TaskProjection, added, project
 from lora_lite.subspace.source import PathLike, source_of
 from lora_lite.subspace.state import Layer, Missing, Policy, State
+
+MISSING = get_args(Missing)
+
+
+class Default(int):
+    """A number that no one gave: another argument may take its place."""
+
+
+NOT_GIVEN = Default(4)
 
 
 class Sides(NamedTuple):
@@ -52,12 +64,12 @@ class SharedSubspace:
         cls,
         adapters: Sequence[Adapter | PathLike],
         task_ids: Sequence[str] | None = None,
-        *,
-        space: Literal["feature", "flat"] = "feature",
-        coefficients: Literal["core", "factors", "diag"] = "core",
         variance_threshold: float = 0.6,
         num_components: int | None = None,
         adaptive_k: bool = False,
+        *,
+        space: Literal["feature", "flat"] = "feature",
+        coefficients: Literal["core", "factors", "diag"] = "core",
         budget_bytes: int | None = None,
         missing: Missing = "error",
         dtype: torch.dtype | None = None,
@@ -76,7 +88,8 @@ class SharedSubspace:
         Raises ValueError for no adapters, ids that do not match or repeat, NaN, shapes that differ, layers that are missing.
         """
         ids = task_names(task_ids, default_names(adapters))
-        policy = checked_policy(space, coefficients, variance_threshold, num_components, adaptive_k, budget_bytes)
+        policy = checked_policy(space, coefficients, variance_threshold, num_components, adaptive_k, budget_bytes, missing)
+        check_dtype(dtype)
         sources = [source_of(t, a) for t, a in zip(ids, adapters, strict=True)]
         return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype))
 
@@ -85,7 +98,7 @@ class SharedSubspace:
         cls,
         paths: Sequence[PathLike],
         task_ids: Sequence[str] | None = None,
-        num_components: int | None = 4,
+        num_components: int | None = NOT_GIVEN,
         *,
         space: Literal["feature", "flat"] = "feature",
         coefficients: Literal["core", "factors", "diag"] = "core",
@@ -99,11 +112,12 @@ class SharedSubspace:
         """The same from files of `adapter.save` and PEFT folders, one layer of all of them in memory at a time: the same numbers.
 
         Ids are the names of the folders, of the files without ending, or of the files' folders where those repeat, unless given.
-        num_components=None leaves k to the threshold or the budget. progress(done, of) is called after each layer.
+        num_components=None leaves k to the threshold; under budget_bytes it is not given. progress(done, of) is called after each layer.
         """
         ids = task_names(task_ids, file_names(paths))
-        fixed = None if budget_bytes is not None else num_components
-        policy = checked_policy(space, coefficients, variance_threshold, fixed, adaptive_k, budget_bytes)
+        k = None if num_components is NOT_GIVEN and budget_bytes is not None else num_components
+        policy = checked_policy(space, coefficients, variance_threshold, k, adaptive_k, budget_bytes, missing)
+        check_dtype(dtype)
         sources = [source_of(t, p) for t, p in zip(ids, paths, strict=True)]
         return cls(build(sources, "flat" if space == "flat" else coefficients, policy, missing, dtype, progress))
 
@@ -150,7 +164,8 @@ class SharedSubspace:
         """components_per_layer, total_params_compressed, total_params_original, compression_ratio, num_tasks, num_layers.
 
         Under budget_bytes a layer's components may be "raw" or "int8": sharing lost more there than the tasks' own factors do."""
-        layers = self._state.layers
+        state = self._state
+        layers = state.layers
         held = sum(math.prod(x.shape) for layer in layers.values() for x in layer.numbers())
         original = sum(r * (x.d_in + x.d_out) for x in layers.values() for r in x.ranks)
         return {
@@ -158,15 +173,16 @@ class SharedSubspace:
             "total_params_compressed": held,
             "total_params_original": original,
             "compression_ratio": original / max(1, held),
-            "num_tasks": len(self._state.configs),
+            "num_tasks": len(state.configs),
             "num_layers": len(layers),
         }
 
     def diagnose(
         self, adapters: Mapping[str, Adapter | PathLike] | None = None, seed: int = 0, progress: Progress | None = None
     ) -> dict[str, diagnosis.Verdict]:
-        """By layer: does this collection share anything? See `lora_lite.subspace.diagnosis`. Give the adapters by task id for
-        figures of the originals; without them there is a verdict only where nothing was let go of a layer."""
+        """By layer, for every layer: does this collection share anything? See `lora_lite.subspace.diagnosis`. Give the adapters by task
+        id for figures of the originals; without them there is a verdict only where nothing was let go of a layer.
+        Raises ValueError for adapters that are not those of the tasks."""
         return diagnosis.diagnose(self._state, adapters, seed, progress)
 
     def __repr__(self) -> str:
@@ -178,8 +194,11 @@ class SharedSubspace:
     # -- tasks --------------------------------------------------------------------------------------------------------
 
     def project(self, adapter: Adapter | PathLike, task_id: str = "projected") -> TaskProjection:
-        """Where an adapter lies on the bases as they are; changes nothing. `p.coverage` says how much of it they hold."""
-        return project(self._state, source_of(task_id, adapter), task_id)
+        """Where an adapter lies on the bases as they are; changes nothing. `p.coverage` says how much of it they hold. Layers that
+        the subspace lacks hold none of it; a warning names them."""
+        p = project(self._state, source_of(task_id, adapter), task_id)
+        say_left_out(task_id, p.left_out)
+        return p
 
     def add_task(self, projection: TaskProjection) -> None:
         """Keep a projection. The bases stay, so the part they do not hold is lost; `absorb` makes room for it."""
@@ -188,10 +207,14 @@ class SharedSubspace:
 
     def absorb(self, adapter: Adapter | PathLike, task_id: str) -> None:
         """Take in an adapter and the directions it brings. Old tasks are carried into the new bases exactly, and lose at most what
-        `error_bound` then says; none of it where k has room. Cost does not depend on how the old adapters came in."""
+        `error_bound` then says; none of it where k has room. Cost does not depend on how the old adapters came in.
+
+        With missing="common" layers that the subspace lacks are left out, and a warning names them; with "zero" they come in."""
         source = source_of(task_id, adapter)
         with self._writing:
             self._state = change.absorb(self._state, source)
+            left_out = [m for m in source.modules if m not in self._state.layers]
+        say_left_out(task_id, left_out)
 
     absorb_incremental = absorb
 
@@ -219,8 +242,9 @@ class SharedSubspace:
     def get_trainable_params(self, task_id: str, num_expand: int = 0, seed: int = 0) -> training.Trainable:
         """Parameters for a hand-written loop: `{layer}.loadings_a`/`_b` (a core or a diagonal: `{layer}.loadings`), starting at the
         task. num_expand further directions per side are the trained task's own until `commit`."""
-        having(self._state, task_id)
-        return training.trainable(self._state, task_id, num_expand, seed)
+        state = self._state
+        having(state, task_id)
+        return training.trainable(state, task_id, num_expand, seed)
 
     def starting(
         self, config: AdapterConfig, sizes: Mapping[str, tuple[int, int]], seed: int | None = None
@@ -234,7 +258,7 @@ class SharedSubspace:
 
     def commit(self, trained: Mapping[str, Tensor] | Adapter, task_id: str) -> None:
         """Keep what was trained as the task's coefficients, replacing it if it is there. Raises ValueError when the
-        bases moved meanwhile."""
+        bases moved meanwhile, and for a task that has layers which were not trained."""
         with self._writing:
             if isinstance(trained, Adapter):
                 trained = live.as_trainable(self._state, trained, task_id)
@@ -244,8 +268,7 @@ class SharedSubspace:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> SharedSubspace:
         """Bases and coefficients onto a device, in a dtype; a dtype also undoes `quantize`. Returns self."""
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating torch.dtype such as torch.float32, got {dtype!r}; quantize(bits=8) makes integers")
+        check_dtype(dtype)
         with self._writing:
             self._state = change.moved(self._state, None if device is None else torch.device(device), dtype)
         return self
@@ -272,6 +295,11 @@ class SharedSubspace:
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         self.__init__(values["_state"])
+
+
+def say_left_out(task: str, modules: Collection[str]) -> None:
+    if modules:
+        logger.warning("adapter {!r}: left out, since the subspace has no such layers: {}", task, listed(list(modules)))
 
 
 def having(state: State, task_id: str) -> dict[str, Layer]:
@@ -305,15 +333,21 @@ def task_names(given: Sequence[str] | None, default: list[str]) -> list[str]:
     return ids
 
 
-def checked_policy(space: str, coefficients: str, threshold: float, k: int | None, adaptive: bool, budget: int | None) -> Policy:
+def checked_policy(
+    space: str, coefficients: str, threshold: float, k: int | None, adaptive: bool, budget: int | None, missing: str = "error"
+) -> Policy:
     if space not in ("feature", "flat"):
         raise ValueError(f'space must be "feature" or "flat", got {space!r}')
     if coefficients not in FEATURE_KINDS:
         raise ValueError(f"coefficients must be one of {FEATURE_KINDS}, got {coefficients!r}")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"variance_threshold must be in (0, 1], got {threshold!r}")
-    if k is not None and (not isinstance(k, int) or k < 1):
-        raise ValueError(f"num_components must be a whole number from 1, got {k!r}")
-    if budget is not None and (k is not None or budget < 1):
-        raise ValueError(f"give budget_bytes={budget!r} (positive) without num_components={k!r}")
-    return Policy(threshold, None if adaptive else k, budget)
+    if missing not in MISSING:
+        raise ValueError(f"missing must be one of {MISSING}, got {missing!r}")
+    policy = Policy(threshold, k, budget)
+    if budget is not None and k is not None:
+        raise ValueError(f"give budget_bytes={budget!r} without num_components={k!r}: a budget chooses k itself")
+    return dataclasses.replace(policy, num_components=None if adaptive or k is None else int(k))
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating torch.dtype such as torch.float32, got {dtype!r}; quantize(bits=8) makes integers")

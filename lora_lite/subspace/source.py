@@ -42,6 +42,9 @@ from lora_lite.variants.lora import LoRAConfig
 
 PathLike = str | os.PathLike[str]
 BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+# Beyond a layer's own d_in + d_out a rank says nothing. A core does not show its adapter's rank: a file may say any, and zeros are
+# allocated for it.
+LARGEST_RANK = 2**12
 INPUT_SIDE, OUTPUT_SIDE = ("lora_A", "lora_Vh"), ("lora_B", "lora_U")
 
 
@@ -286,7 +289,13 @@ def checked(task: str, module: str, update: Update) -> Update:
     A, B = update.A, update.B
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.numel() or not B.numel():
         raise ValueError(f"adapter {task!r}, module {module!r}: A {tuple(A.shape)} and B {tuple(B.shape)} are not (r, d_in) and (d_out, r)")
+    if update.rank > (most := largest_rank(*update.sizes)):
+        raise ValueError(f"adapter {task!r}, module {module!r}: rank {update.rank:,} is too large for such a layer; at most {most:,}")
     return update
+
+
+def largest_rank(d_in: int, d_out: int) -> int:
+    return max(LARGEST_RANK, d_in + d_out)
 
 
 def check_finite(task: str, module: str, update: Update) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +28,19 @@ class Policy:
     variance_threshold: float = 0.6
     num_components: int | None = None
     budget_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        threshold, k, budget = self.variance_threshold, self.num_components, self.budget_bytes
+        if not number(threshold) or not 0 < threshold <= 1:
+            raise ValueError(f"variance_threshold must be in (0, 1], got {threshold!r}")
+        if k is not None and (not number(k) or not isinstance(k, int) or k < 1):
+            raise ValueError(f"num_components must be a whole number from 1, got {k!r}")
+        if budget is not None and (not number(budget) or not 1 <= budget < math.inf):
+            raise ValueError(f"budget_bytes must be a number from 1, got {budget!r}")
+
+
+def number(x: object) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool)
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,8 +57,8 @@ class Trainable(dict[str, Parameter]):
 
 
 def trainable(state: State, task_id: str, num_expand: int, seed: int) -> Trainable:
-    if num_expand < 0:
-        raise ValueError(f"num_expand must be 0 or more, got {num_expand}")
+    if not isinstance(num_expand, int) or isinstance(num_expand, bool) or num_expand < 0:
+        raise ValueError(f"num_expand must be a whole number from 0, got {num_expand!r}")
     generator = torch.Generator().manual_seed(seed)
     places, values = {}, {}
     on_bases(state.layers, task_id)
@@ -125,6 +125,11 @@ def check(state: State, trained: Trainable, task_id: str) -> None:
             )
         if place.b.k > layer.b.k and isinstance(layer.b.components, Packed):
             raise ValueError(f"task {task_id!r}: a quantised basis cannot take private directions; to(dtype=torch.float32) first")
+    if others := [m for m, layer in state.layers.items() if task_id in layer.index and m not in trained.places]:
+        raise ValueError(
+            f"task {task_id!r} is there already, with {len(others)} layers that were not trained here: {others[:3]}; both together would "
+            "be neither. remove_task it first, or give another id"
+        )
     for n, p in trained.items():
         if not bool(torch.isfinite(p).all()):
             raise ValueError(f"task {task_id!r}: {n} holds NaN or infinite values; nothing was changed")
