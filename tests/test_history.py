@@ -78,17 +78,20 @@ def ordered(layer: nn.Module, stacked: Sequence[tuple[ll.Adapter, Any]], x: Tens
         adapter, c = pair
         return reference(W, b, first[id(pair)], adapter.config.at("linear", W.shape[1], W.shape[0]), x, c, "linear")
 
+    def form(pair: tuple[ll.Adapter, Any]) -> str:
+        return pair[0].variant.form_at(pair[0].config.at("linear", W.shape[1], W.shape[0]))
+
     for group in groups:
         for pair in group:
-            if pair[0].variant.form == "input":
+            if form(pair) == "input":
                 x = method(pair, eye, None, x)
     y = linear(x, W, b)
     for group in groups:
         for pair in group:
-            if pair[0].variant.form == "low-rank":
+            if form(pair) == "low-rank":
                 y = y + method(pair, W, None, x) - linear(x, W)
         for pair in group:
-            if pair[0].variant.form == "output":
+            if form(pair) == "output":
                 y = on_output(pair, method, W, b, x, y)
     return y
 

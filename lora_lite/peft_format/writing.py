@@ -137,7 +137,7 @@ def native(adapter: Adapter, c: float) -> Written:
     own = adapter.config.renamed({t: strip_prefixes(t) for t in ats})
     config = {o.theirs: o.write(getattr(own, o.ours)) for o in method.options}
     if method.peft_type == "IA3":
-        config["feedforward_modules"] = [strip_prefixes(t) for t in ats] if method.variant == "ia3_ff" else []
+        config["feedforward_modules"] = [strip_prefixes(t) for t, at in ats.items() if at.cfg.feedforward]
     return Written(tensors, {"peft_type": method.peft_type, **method.says, **method.when, **config}, dict.fromkeys(ats, 0.0))
 
 
