@@ -225,6 +225,7 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "ia3 both": lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
     "ia3 both, square ones too": lambda: peft.IA3Config(target_modules=NAMES, feedforward_modules=["q_proj", "down_proj"]),
     "ia3 both, by a regex": lambda: peft.IA3Config(target_modules=NAMES, feedforward_modules=r".*\.(down|0\.self_attn\.q)_proj"),
+    "ia3 both, by a regex with a flag": lambda: peft.IA3Config(target_modules=NAMES, feedforward_modules=r"(?i).*\.DOWN_proj"),
     "hra": lambda: peft.HRAConfig(r=4, target_modules=NAMES),
     "hra_gs": lambda: peft.HRAConfig(r=4, target_modules=NAMES, apply_GS=True),
     "oft": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=NAMES),
@@ -236,7 +237,7 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "miss": lambda: peft.MissConfig(r=8, target_modules=NAMES),
     "vera": lambda: peft.VeraConfig(r=8, target_modules=NAMES),
 }
-IA3S = ("ia3 outputs", "ia3 inputs", "ia3 both", "ia3 both, square ones too", "ia3 both, by a regex")
+IA3S = ("ia3 outputs", "ia3 inputs", "ia3 both", "ia3 both, square ones too", "ia3 both, by a regex", "ia3 both, by a regex with a flag")
 DEVIATIONS = ("dora", "dora_rs", *IA3S, "road")  # stored here as the distance from PEFT's start
 
 
@@ -364,6 +365,7 @@ def test_what_adalora_left_is_an_adalora(steps: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "variant", "feedforward"), [
     ("ia3 outputs", "ia3", ()), ("ia3 inputs", "ia3_ff", ("",)), ("ia3 both", "ia3", ("down_proj$",)),
     ("ia3 both, by a regex", "ia3", (r"^(?:.*\.(down|0\.self_attn\.q)_proj)$",)),
+    ("ia3 both, by a regex with a flag", "ia3", tuple(rf"^model\.layers\.{i}\.mlp\.down_proj$" for i in (0, 1))),
 ])  # fmt: skip
 def test_an_ia3_folder_is_one_adapter_in_pefts_own_words(name: str, variant: str, feedforward: tuple[str, ...], tmp_path: Path) -> None:
     trained(THEIRS[name](), tmp_path)
@@ -385,6 +387,27 @@ def test_an_ia3_folder_of_both_kinds_is_two_adapters_where_its_parts_are_asked_f
     assert same_bits(logits(whole), logits(model))
     with pytest.raises(ll.CheckpointError, match="no part 'lora'"):
         ll.from_peft(fresh(), tmp_path, part="lora")
+
+
+def test_a_feed_forward_layer_whose_name_ends_anothers_is_refused(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"proj": nn.Linear(4, 4), "k_proj": nn.Linear(4, 4)})
+    for config in (ll.IA3Config(feedforward="^proj"), ll.IA3Config(feedforward="k_proj")):
+        adapter = ll.attach(model, config)
+        if config.feedforward == ("k_proj",):
+            ll.to_peft(adapter, tmp_path / "fine")
+        else:
+            with pytest.raises(ValueError, match=r"gate the inputs of .*k_proj.* too"):
+                ll.to_peft(adapter, tmp_path / "x")
+        adapter.detach()
+    assert [p.name for p in tmp_path.iterdir()] == ["fine"]
+
+
+@pytest.mark.parametrize("modules", ["(", "a{99999999999999}", [1]])
+def test_feedforward_modules_that_cannot_be_read_are_an_error(modules: Any, tmp_path: Path) -> None:
+    trained(THEIRS["ia3 both"](), tmp_path)
+    edit(tmp_path, feedforward_modules=modules)
+    with pytest.raises(ll.CheckpointError, match="where the adapter goes"):
+        ll.from_peft(fresh(), tmp_path)
 
 
 @pytest.mark.parametrize("c", DOSES)

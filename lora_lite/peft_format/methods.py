@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -146,9 +147,10 @@ def gating_inputs(config: Any, theirs: Config, layers: Sequence[str]) -> Any:
     inputs = [name for name in layers if feeds_forward(theirs, strip_prefixes(name))]
     modules = theirs.get("feedforward_modules") or ()
     short = [rf"^(?:{modules})$"] if isinstance(modules, str) else [rf"{re.escape(end)}$" for end in modules]
-    known = dataclasses.replace(config, feedforward=[p for p in short if any(re.search(p, name) for name in layers)])
-    if [name for name in layers if known.gates_input(name)] == inputs:
-        return known
+    with suppress(re.error):  # "(?i)" may stand at the start of a regex only
+        known = dataclasses.replace(config, feedforward=[p for p in short if any(re.search(p, name) for name in layers)])
+        if [name for name in layers if known.gates_input(name)] == inputs:
+            return known
     return dataclasses.replace(config, feedforward=[rf"^{re.escape(name)}$" for name in inputs])
 
 

@@ -60,7 +60,9 @@ def to_peft(
     several = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     check_halves(several, as_lora)
     written = {a: plain(a, dose, approximate, r) if as_lora or is_foreign(a) else native(a, dose) for a in several}
-    write_folder(folder, functools.reduce(joined, [whole(a, w) for a, w in written.items()]))
+    content = functools.reduce(joined, [whole(a, w) for a, w in written.items()])
+    check_endings(content.config)
+    write_folder(folder, content)
     for a, w in written.items():
         report(a, w.lost, as_lora)
     return {t: error for w in written.values() for t, error in w.lost.items()}
@@ -103,6 +105,13 @@ def joined(one: Folder, other: Folder) -> Folder:
     layers = {t: v for f in prints for t, v in f["targets"].items()}
     fingerprint = {**prints[0], "targets": layers} if len(prints) == 2 else None
     return Folder(config, one.tensors | other.tensors, {**other.metadata, **one.metadata}, fingerprint)
+
+
+def check_endings(config: Mapping[str, Any]) -> None:
+    """PEFT takes a layer for feed-forward by the end of its name, without a dot in front: "proj" takes "k_proj" too."""
+    inputs = config.get("feedforward_modules") or []
+    if taken := [t for t in config["target_modules"] if t not in inputs and t.endswith(tuple(inputs))]:
+        raise ValueError(f"PEFT would gate the inputs of {listed(taken)} too, whose names end as one of {listed(inputs)} does")
 
 
 def checked(c: Any) -> float:
