@@ -190,8 +190,8 @@ class Adapter:
         AdaLoRA moves its ranks here; the other variants do nothing. The state of a schedule lies in frozen tensors of the
         adapter: in `state_dict()` and in files, so a resumed run goes on as it would have.
         """
-        if not isinstance(step, int) or isinstance(step, bool) or step < 1:
-            raise ValueError(f"step is a count of optimizer steps from 1, got {step!r}")
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ValueError(f"step is a count of optimizer steps, from 1 (or 0, where only sensitivities are taken), got {step!r}")
         with torch.no_grad():
             self.variant.on_step(self.config, step, self.tensors())
 

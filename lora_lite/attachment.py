@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_lite import compiled, recompute
-from lora_lite.base import hazard, is_linear, refusal, sizes, transposed
+from lora_lite.base import follow, hazard, is_linear, refusal, sizes, transposed
 from lora_lite.config import AdapterConfig
 from lora_lite.dial import Dial
 from lora_lite.hooks import HOOKS, Hook, hooks_on
@@ -205,6 +205,8 @@ def lift(model: nn.Module, shared: Shared, layers: Mapping[str, nn.Module]) -> d
             taken = {f: layer._parameters.pop(on_layer, None) for f, on_layer in hook.fields}
             tensors[path] = {f: p for f, p in taken.items() if p is not None}
     also = {name: substitute(model, name, original) for name, original in shared.originals.items()}
+    for name, trained in also.items():
+        follow(shared.originals[name], trained)
     originals, ledger = list(shared.originals.items()), shared.ledger
     shared.originals.clear()
     ledger.leave(model, shared.name)

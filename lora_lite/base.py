@@ -47,6 +47,13 @@ def sizes(layer: nn.Module) -> tuple[int, int]:
     return int(layer.in_features), int(layer.out_features)  # type: ignore[arg-type]
 
 
+def follow(mine: nn.Parameter, theirs: nn.Parameter, dtype: bool = True) -> None:
+    """Where the model was moved (or cast) while it had another parameter in its place, its own goes there too."""
+    wanted = theirs.device, theirs.dtype if dtype else mine.dtype
+    if (mine.device, mine.dtype) != wanted and not theirs.is_meta:
+        mine.data = mine.data.to(*wanted)
+
+
 def quantised(layer: nn.Module) -> str | None:
     """The name of the type that holds the weight in fewer bits than a float, or None: "Linear4bit", "Int8Tensor", "int8 weight"."""
     if "bitsandbytes" in _packages(type(layer)):

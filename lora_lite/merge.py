@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from lora_lite import compiled
-from lora_lite.base import dense_weight, refusal, transposed
+from lora_lite.base import dense_weight, follow, refusal, transposed
 from lora_lite.dial import check_float
 from lora_lite.hooks import Hook, LowRankHook
 from lora_lite.lowrank import LowRank
@@ -95,16 +95,13 @@ class Merged:
     def swap_out(self, tensors: Mapping[str, Mapping[str, Parameter]]) -> None:
         for path, (layer, hook) in self.places.items():
             lent = swap(layer, self._lent[path])
-            follow(self._lent[path], lent)
+            for mine, theirs in zip(self._lent[path], lent, strict=True):
+                if mine is not None and theirs is not None:
+                    follow(mine, theirs)
+            for p in tensors[path].values():
+                follow(p, lent.weight, dtype=False)
             hook.resume(layer, tensors[path])
         compiled.notice_hooks()
-
-
-def follow(own: Folded, lent: Folded) -> None:
-    """Where the model was moved or cast while it had the lent parameters, its own go there too."""
-    for mine, theirs in zip(own, lent, strict=True):
-        if mine is not None and theirs is not None and (mine.device, mine.dtype) != (theirs.device, theirs.dtype):
-            mine.data = mine.data.to(theirs.device, theirs.dtype)
 
 
 def refuse_company(hooks: Sequence[Hook], others: Sequence[Hook]) -> None:

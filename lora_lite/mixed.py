@@ -26,12 +26,9 @@ class Mixed(torch.autograd.Function):
         h = product(x.flatten(0, -2), A.to(x.dtype).t(), scale)
         ctx.save_for_backward(x, A, B, h)
         ctx.scale = scale
-        rows, b = y.flatten(0, -2), B.to(x.dtype).t()
-        if not inplace:
-            return torch.addmm(rows, h, b).view(y.shape)
-        rows.addmm_(h, b)
-        ctx.mark_dirty(y)
-        return y
+        if inplace:
+            ctx.mark_dirty(y)
+        return plus(y if inplace else fresh(y), h, B.to(x.dtype), 1.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -45,6 +42,16 @@ class Mixed(torch.autograd.Function):
             h = product(rows, a.t(), ctx.scale)
         gB = (g.t() @ h).to(B.dtype) if ctx.needs_input_grad[3] else None
         return gy, gx, gA, gB, None, None
+
+
+def fresh(y: Tensor) -> Tensor:
+    return y.clone(memory_format=torch.contiguous_format)
+
+
+def plus(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y + scale * B h written into y, and y itself: what a function returns may be no view, or `relu_` and `+=` on it are refused."""
+    y.flatten(0, -2).addmm_(h, B.t(), alpha=scale)
+    return y
 
 
 def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -62,7 +69,7 @@ class MixedLinear(torch.autograd.Function):
         b = B.to(h.dtype)
         if y is None:
             return F.linear(h, b)
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b.t(), alpha=scale).view(y.shape)
+        return plus(fresh(y), h.flatten(0, -2), b, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -40,6 +40,11 @@ class Target:
     role: str | None = None
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(d_in, d_out), whichever way the layer stores its weight."""
+        return self.d_in, self.d_out
+
+    @property
     def routed(self) -> bool:
         """Whether it sits inside an expert, which sees tokens gathered from the batch in an order of its own."""
         return not {"expert", "experts"}.isdisjoint(self.name.split("."))

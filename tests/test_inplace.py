@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite as ll
 from lora_lite import hooks
-from tests.models import VARIANTS, attach, mlp, normal, randomise
+from tests.models import VARIANTS, Row, attach, each_variant, mlp, normal, randomise
 
 ROWS = 32  # more than the few for which nothing is written into anyway
 
@@ -202,3 +202,19 @@ def test_transforms_of_torch_go_through(monkeypatch: pytest.MonkeyPatch) -> None
         with forward_ad.dual_level():
             pushed = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, tangent))).tangent
     assert torch.allclose(pushed, torch.func.jvp(layer, (x,), (tangent,))[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["a c for all", "a c per row", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_variant
+def test_what_comes_after_a_layer_may_write_into_its_output(row: Row, dtype: torch.dtype, how: str) -> None:
+    """As it may into the bare layer's: relu_, and the += of a residual stream (Falcon's)."""
+    model = nn.Sequential(nn.Linear(24, 24), nn.ReLU(inplace=True), nn.Linear(24, 24)).to(dtype)
+    adapter = attach(model, row)
+    x = normal(3, 5, 24).to(dtype)
+    c = torch.tensor([1.0, 0.0, -1.0]) if how == "a c per row" else 0.5
+    with adapter(model, c=c), torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        y = model(x)
+        y += x
+    y.float().square().sum().backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in adapter.parameters())

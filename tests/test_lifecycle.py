@@ -445,6 +445,18 @@ def test_train_also_trains_twins_and_gives_the_originals_back(tmp_path: Path) ->
     assert not changed(before, snapshot(model))
 
 
+def test_what_was_trained_beside_goes_where_the_model_went() -> None:
+    """detach() puts the originals back into a model that was cast meanwhile, also through a merge."""
+    model, ids = Tied(), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    want = copy.deepcopy(model).to(torch.bfloat16)(ids)
+    adapter = ll.attach(model, ll.LoRAConfig(r=2, targets="inner", exclude=()), train_also=("norm", r"embedding\.weight"), seed=0)
+    adapter.merge()
+    model.to(torch.bfloat16)
+    adapter.unmerge()
+    adapter.detach()
+    assert same_bits(model(ids), want)
+
+
 def before_bits(before: dict[str, Any], module: str, like: Tensor) -> Tensor:
     """The weight of a module as it was when the snapshot was made."""
     content = dict(before[module]["tensors"])["weight"][3]

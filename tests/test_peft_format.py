@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -131,14 +132,10 @@ def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor
 def test_peft_does_what_ours_does(name: str, c: float, tmp_path: Path) -> None:
     config, folds, _ = CASES[name]
     model, adapter = made(config)
-    if folds or c == 1.0:
-        lost = ll.to_peft(adapter, tmp_path / "new" / "folder", c=c)
-        kind = json.loads((tmp_path / "new" / "folder" / CONFIG).read_text())["peft_type"]
-        assert kind == next(m.peft_type for m in methods.METHODS if m.variant == config.variant)
-    else:
-        with pytest.raises(ValueError, match="as_lora=True"):
-            ll.to_peft(adapter, tmp_path / "new" / "folder", c=c)
-        lost = ll.to_peft(adapter, tmp_path / "new" / "folder", c=c, as_lora=True)
+    lost = ll.to_peft(adapter, tmp_path / "new" / "folder", c=c)
+    kind = json.loads((tmp_path / "new" / "folder" / CONFIG).read_text())["peft_type"]
+    own = next(m.peft_type for m in methods.METHODS if m.variant == config.variant)
+    assert kind == (own if folds or c == 1.0 else "LORA")  # what has no word for c is said by the plain LoRA that does the same
     assert lost == dict.fromkeys(adapter.targets, 0.0)
     with adapter(model, c=c):
         want = logits(model)
@@ -491,6 +488,8 @@ def test_what_peft_cannot_save_beside_is_refused(tmp_path: Path) -> None:
 
 
 def infix(key: str) -> str:
+    if key.endswith("lora_magnitude_vector"):
+        return f"{key}.default.weight"  # a module in memory
     return key.replace(".weight", ".default.weight") if key.endswith(".weight") else f"{key}.default"
 
 
@@ -645,12 +644,85 @@ def test_vera_without_its_projections_is_refused(tmp_path: Path) -> None:
 
 
 UNSAYABLE: dict[str, tuple[ll.AdapterConfig, str]] = {
-    "a rank per layer": (ll.HRAConfig(r=4, rank_pattern={"q_proj": 2}, targets=TARGETS), "HRA has one r for all layers, 4 here, and"),
     "a rank per layer that PEFT would pass over": (ll.HiRAConfig(r=4, rank_pattern={"q_proj": 2}, targets=TARGETS), "HIRA has one r"),
     "blocks that differ": (ll.OFTConfig(block_size=24, targets=TARGETS), "OFT has one block_size for all layers"),
     "groups that differ": (ll.ROADConfig(group_size=64, targets=TARGETS), "ROAD has one group_size for all layers"),
-    "the paper's start": (ll.DeLoRAConfig(r=4, targets=TARGETS), "DELORA cannot say init='paper'"),
+    "three terms": (ll.OFTConfig(block_size=8, cayley="neumann", terms=3, targets=TARGETS), "OFT cannot say terms=3"),
 }
+SAID_AS_LORA = {
+    "a rank per layer": ll.HRAConfig(r=4, rank_pattern={"q_proj": 2}, targets=TARGETS),
+    "the paper's start": ll.DeLoRAConfig(r=4, targets=TARGETS),
+}
+
+
+@pytest.mark.parametrize("what", SAID_AS_LORA)
+def test_what_only_a_plain_lora_says_is_written_as_one(what: str, tmp_path: Path) -> None:
+    model, adapter = made(SAID_AS_LORA[what])
+    assert set(ll.to_peft(adapter, tmp_path).values()) == {0.0}
+    assert json.loads((tmp_path / CONFIG).read_text())["peft_type"] == "LORA"
+    assert_close(in_peft(tmp_path), logits(model), "PEFT's logits", EQUAL)
+
+
+def test_an_approximation_may_be_asked_for_where_the_method_has_words(tmp_path: Path) -> None:
+    """Only what cannot be said is approximated; a rank is a plain LoRA's."""
+    _, said = made(ll.OFTConfig(block_size=8, targets=TARGETS))
+    assert set(ll.to_peft(said, tmp_path / "said", approximate=True).values()) == {0.0}
+    with pytest.raises(ValueError, match="r=3 is the rank of a plain LoRA: say as_lora=True"):
+        ll.to_peft(said, tmp_path / "r", r=3)
+    _, unsaid = made(ll.OFTConfig(block_size=24, targets=TARGETS))
+    assert 0 < max(ll.to_peft(unsaid, tmp_path / "unsaid", approximate=True).values()) < 1
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.config.targets == TARGETS])
+def test_layers_that_store_their_weight_transposed(name: str, tmp_path: Path) -> None:
+    """On Conv1D PEFT loads what is written, as the method where it has it there, else as a plain LoRA, or nothing is written."""
+    base = gpt2()
+    config: ll.AdapterConfig = dataclasses.replace(CASES[name].config, targets=r"c_attn$")
+    config = dataclasses.replace(config, **{table: {} for table in config.patterns()})  # they name Llama's layers
+    if config.searched():
+        config = dataclasses.replace(config, targets=("c_attn$", "c_proj$"), feedforward=r"mlp\.c_proj$")
+    model = copy.deepcopy(base)
+    adapter = randomise(ll.attach(model, config, seed=0), std=0.1)
+    try:
+        ll.to_peft(adapter, tmp_path / "x")
+    except ValueError as error:
+        assert "has no Conv1D" in str(error) and not list(tmp_path.iterdir())
+        return
+    assert_close(in_peft(tmp_path / "x", base), logits(model), "PEFT's logits", EQUAL)
+
+
+def test_a_part_of_a_module_is_saved_with_all_of_it(tmp_path: Path) -> None:
+    """PEFT cannot load a module that lacks its weight."""
+    model = fresh()
+    adapter = randomise(ll.attach(model, ll.LoRAConfig(r=4, targets="q_proj$"), train_also=r"k_proj\.bias$"), std=0.1)
+    ll.to_peft(adapter, tmp_path)
+    assert_close(in_peft(tmp_path), logits(model), "PEFT's logits", EQUAL)
+    again = fresh()
+    assert set(ll.from_peft(again, tmp_path).also()) == {n for n, _ in again.named_parameters() if ".k_proj." in n and "lora_" not in n}
+    assert_close(logits(again), logits(model), "and back", EQUAL)
+
+
+@pytest.mark.parametrize("r", [40, 64])
+@pytest.mark.parametrize("root", [False, True])
+def test_pissa_of_more_than_a_layers_rank_keeps_its_scale(r: int, root: bool, tmp_path: Path) -> None:
+    """PEFT cuts A and B down to the layer's rank and leaves the scale alpha / r."""
+    config = peft.LoraConfig(r=r, lora_alpha=8, init_lora_weights="pissa", use_rslora=root, target_modules=["k_proj", "q_proj"])
+    want = trained(config, tmp_path, std=0.02)
+    model = fresh()
+    ll.from_peft(model, tmp_path)
+    assert_close(logits(model), want, "logits", EQUAL)
+
+
+@pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning")
+@pytest.mark.parametrize(("field", "value"), [("num_cayley_neumann_terms", 3), ("num_cayley_neumann_terms", 4), ("oft_block_size", 14)])
+def test_pefts_own_reading_of_ofts_numbers(field: str, value: int, tmp_path: Path) -> None:
+    """Its 3 terms are its 4, and 14 on 64 inputs is the nearest that divides them, 16."""
+    config = {"oft_block_size": 8, "r": 0, "target_modules": ["q_proj", "v_proj"]} | {field: value}
+    want = trained(peft.OFTConfig(**config), tmp_path, std=0.2)
+    model = fresh()
+    ll.from_peft(model, tmp_path)
+    assert_close(logits(model), want, "logits", EQUAL)
 
 
 @pytest.mark.parametrize("what", UNSAYABLE)

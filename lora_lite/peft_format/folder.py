@@ -171,9 +171,11 @@ INFIX = r"(\.(?!weight$|bias$)[^.]+)?"  # an adapter's name, as in memory: lora_
 
 
 def key_pattern(end: str) -> re.Pattern[str]:
-    """Which keys end in `end`, such as "lora_A.weight" or "ia3_l", with or without an adapter's name."""
+    """Which keys end in `end`, such as "lora_A.weight" or "ia3_l", with or without an adapter's name. DoRA's magnitudes are a
+    module's weight in memory, and in files have lost that word."""
     stem, dot, weight = end.partition(".")
-    return re.compile(rf"(?P<target>.+)\.{re.escape(stem)}{INFIX}{re.escape(dot + weight)}", re.DOTALL)
+    last = re.escape(dot + weight) if weight else r"(\.weight)?"
+    return re.compile(rf"(?P<target>.+)\.{re.escape(stem)}{INFIX}{last}", re.DOTALL)
 
 
 def shared_pattern(end: str) -> re.Pattern[str]:

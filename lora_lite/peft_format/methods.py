@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lora_lite.checkpoint import strip_prefixes
 from lora_lite.peft_format import numbers
 from lora_lite.peft_format.matching import ends
-from lora_lite.peft_format.numbers import At, Convert, Fields, scaled
+from lora_lite.peft_format.numbers import At, Convert, Fields, Found, scaled
 
 Config = Mapping[str, Any]
 
@@ -31,15 +31,11 @@ def everywhere(config: Config, name: str) -> bool:
     return True
 
 
-def nothing(config: Config) -> str | None:
+def nothing(config: Any) -> str | None:
     return None
 
 
-def unsettled(config: Any, shared: Fields) -> Any:
-    return config
-
-
-def anywhere(config: Any, theirs: Config, layers: Sequence[str]) -> Any:
+def unsettled(config: Any, found: Found) -> Any:
     return config
 
 
@@ -57,13 +53,13 @@ class Method:
     alike     fields of ours that PEFT has one value of for all layers
     layers    which of the config's layers are its part (PEFT's IA3 is two of our variants)
     holds_all  whether it can hold the others' parts too
-    within    (our config, theirs, its layers) -> our config, with what it says of layers by name
     read      PEFT's tensors, under our names, -> ours;    write  the other way
     turn      (ours, at, c) -> tensors that do at c = 1 what ours do at c; None where the method cannot say a c
     writes    whether ours are written as this method
     refuses   why a config of this kind cannot be read, or None
     inert     what its config may hold beside its options
-    settle    (our config, the tensors of `shared`) -> our config, with what only the tensors tell
+    settle    (our config, the folder's own and its tensors) -> our config, with what only the layers tell
+    unsaid    why a config of ours has no words here, or None
     fill      PEFT's tensors -> the same with what the file may leave out, before their shapes are checked
     """
 
@@ -79,14 +75,14 @@ class Method:
     alike: tuple[str, ...] = ()
     layers: Callable[[Config, str], bool] = everywhere
     holds_all: bool = False
-    within: Callable[[Any, Config, Sequence[str]], Any] = anywhere
     read: Convert = numbers.same
     write: Convert = numbers.same
     turn: Callable[[Fields, At, float], Fields] | None = None
     writes: bool = True
     refuses: Callable[[Config], str | None] = nothing
     inert: frozenset[str] = frozenset()
-    settle: Callable[[Any, Fields], Any] = unsettled
+    settle: Callable[[Any, Found], Any] = unsettled
+    unsaid: Callable[[Any], str | None] = nothing
     fill: Convert = numbers.same
 
 
@@ -142,10 +138,10 @@ def feeds_forward(config: Mapping[str, Any], name: str) -> bool:
     return ends(modules, name) if isinstance(modules, str) else any(name.endswith(end) for end in modules)
 
 
-def gating_inputs(config: Any, theirs: Config, layers: Sequence[str]) -> Any:
+def gating_inputs(config: Any, found: Found) -> Any:
     """IA3's `feedforward` in PEFT's own words where they tell the same of these layers apart, else with their names in full."""
-    inputs = [name for name in layers if feeds_forward(theirs, strip_prefixes(name))]
-    modules = theirs.get("feedforward_modules") or ()
+    layers, modules = list(found.own), found.config.get("feedforward_modules") or ()
+    inputs = [name for name in layers if feeds_forward(found.config, strip_prefixes(name))]
     short = [rf"^(?:{modules})$"] if isinstance(modules, str) else [rf"{re.escape(end)}$" for end in modules]
     with suppress(re.error):  # "(?i)" may stand at the start of a regex only
         known = dataclasses.replace(config, feedforward=[p for p in short if any(re.search(p, name) for name in layers)])
@@ -188,6 +184,10 @@ def never(steps: Any) -> Any:
     return None if steps == NEVER else steps
 
 
+def three_terms(config: Any) -> str | None:
+    return "terms=3: PEFT's 3 is its 4" if config.cayley == "neumann" and config.terms == 3 else None
+
+
 def as_cayley(neumann: Any) -> str:
     return "neumann" if neumann else "exact"
 
@@ -200,7 +200,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         peft_type="LORA", variant="pissa", keys=AB, options=RANKED, when={"init_lora_weights": "pissa"},
-        read=numbers.pissa_read, writes=False,
+        read=numbers.pissa_read, writes=False, settle=numbers.pissa_scales,
     ),
     Method(
         peft_type="LORA", variant="lora", keys=AB, options=RANKED,
@@ -219,7 +219,7 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         peft_type="IA3", variant="ia3", keys={"lora_l": "ia3_l"}, layers=lambda config, name: not feeds_forward(config, name),
-        says=IA3_SAYS, read=numbers.gate_read, write=numbers.gate_write, turn=scaled("lora_l"), holds_all=True, within=gating_inputs,
+        says=IA3_SAYS, read=numbers.gate_read, write=numbers.gate_write, turn=scaled("lora_l"), holds_all=True, settle=gating_inputs,
     ),
     Method(
         peft_type="IA3", variant="ia3_ff", keys={"lora_l": "ia3_l"}, layers=feeds_forward,
@@ -229,11 +229,11 @@ METHODS: tuple[Method, ...] = (
     Method(peft_type="HRA", variant="hra", keys={"lora_u": "hra_u"}, options=(R,), alike=("r",)),
     Method(
         peft_type="OFT", variant="oft", keys={"lora_Q": "oft_R.weight"}, alike=("block_size",),
-        says={"init_weights": True, "fan_in_fan_out": False, "r": 0, "peft_version": "0.18.0"}, refuses=old_rotations,
+        says={"init_weights": True, "r": 0, "peft_version": "0.18.0"}, refuses=old_rotations, unsaid=three_terms, settle=numbers.oft_blocks,
         options=(
             Option("block_size", "oft_block_size", 32),
             Option("cayley", "use_cayley_neumann", True, as_cayley, lambda kind: kind == "neumann"),
-            Option("terms", "num_cayley_neumann_terms", 5),
+            Option("terms", "num_cayley_neumann_terms", 5, lambda n: 4 if n == 3 else n),  # PEFT's 3 has a Q^3, as its 4
         ),
         read=numbers.oft_signed, write=numbers.oft_signed, turn=scaled("lora_Q"),
     ),

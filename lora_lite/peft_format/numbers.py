@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.base import dense_weight
+from lora_lite.config import RankedConfig
 from lora_lite.variant import Base, variant_of
 from lora_lite.variants.dora import row_norms
 from lora_lite.variants.pissa import PiSSA
@@ -114,12 +116,45 @@ def adalora_write(p: Fields, at: At) -> Fields:
     return {**p, "lora_E": p["lora_E"][:, None]}
 
 
-def vera_room(config: Any, shared: Fields) -> Any:
+class Found(NamedTuple):
+    """A folder's config, as PEFT has it, and its tensors: those of all layers, each layer's own, with the layers' sizes (d_in, d_out)."""
+
+    config: Mapping[str, Any]
+    shared: Fields
+    own: Mapping[str, Fields]
+    sizes: Mapping[str, tuple[int, int]]
+
+
+def vera_room(config: Any, found: Found) -> Any:
     """How wide the shared projections are; what has not two sides is refused with the other shapes."""
-    A, B = shared.get("lora_A"), shared.get("lora_B")
+    A, B = found.shared.get("lora_A"), found.shared.get("lora_B")
     if A is None or B is None or A.dim() != 2 or B.dim() != 2:
         return config
     return dataclasses.replace(config, room=(A.shape[1], B.shape[0]))
+
+
+def pissa_scales(config: Any, found: Found) -> Any:
+    """PEFT cuts r down to a layer's rank and leaves the scale what it was; here the scale follows r, so alpha makes up for it."""
+    alphas = {}
+    for t, size in found.sizes.items():
+        own, asked = config.at(t, *size), RankedConfig.at(config, t, *size)
+        if own.r < asked.r:
+            alphas[re.escape(t)] = own.alpha * asked.scaling / own.scaling
+    return dataclasses.replace(config, alpha_pattern={**alphas, **config.alpha_pattern}) if alphas else config
+
+
+def oft_blocks(config: Any, found: Found) -> Any:
+    """PEFT takes the nearest block size that divides a layer's width, we the largest below: the tensors tell which it was."""
+    held = {t: p["lora_Q"].shape[0] for t, p in found.own.items() if "lora_Q" in p and p["lora_Q"].dim() == 2}
+    blocks = {t: found.sizes[t][0] // n for t, n in held.items() if n and found.sizes[t][0] % n == 0}
+    size = max(blocks.values(), default=0)
+    if size < 2 or len(blocks) < len(found.own):
+        return config  # refused with the other shapes
+    fitting = dataclasses.replace(config, block_size=size)
+    if odd := {t: b for t, b in blocks.items() if fitting.at(t, *found.sizes[t]).block_size != b}:
+        t, b = next(iter(odd.items()))
+        raise ValueError(f"its layers have blocks of several sizes, {size} and {b} (in {t}), which no one block_size gives here")
+    return fitting
 
 
 def gate_axis(at: At) -> int:

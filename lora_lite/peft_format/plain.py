@@ -28,14 +28,17 @@ class Plain(NamedTuple):
     error: float
 
 
-def plain_updates(adapter: Adapter, c: float, approximate: bool, r: int | None) -> dict[str, Plain]:
-    """Every layer's update at c, of one rank: the given one, or the largest. Raises ValueError where that would not be exact."""
+def plain_updates(adapter: Adapter, c: float, approximate: bool, r: int | None, why: str | None) -> dict[str, Plain]:
+    """Every layer's update at c, of one rank: the given one, or the largest. Raises ValueError where that would not be exact.
+
+    why  it is to be a plain LoRA, if not because somebody asked for one
+    """
     with merge.precisely(next(iter(adapter.state_dict().values()))):
         given = exact_updates(adapter, c)
     if given is None and not approximate:
         raise ValueError(
-            f"variant {adapter.variant.name!r} is no low-rank update, so no plain LoRA does exactly what it does; approximate=True "
-            "writes the nearest of rank r and returns the error of each layer"
+            f"{f'{why}, and ' if why else ''}variant {adapter.variant.name!r} is no low-rank update, so no plain LoRA does exactly what it "
+            "does; approximate=True writes the nearest of rank r and returns the error of each layer"
         )
     rank = r or (max(u.r for u in given.values()) if given is not None else getattr(adapter.config, "r", RANK))
     if given is None:

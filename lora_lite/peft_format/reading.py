@@ -24,7 +24,7 @@ from lora_lite.fitting import check_also, check_base, fitted
 from lora_lite.peft_format.folder import Folder, key_pattern, read_folder, shared_pattern
 from lora_lite.peft_format.matching import named_layers, placed
 from lora_lite.peft_format.methods import INERT, METHODS, OFF, Method, method_candidates
-from lora_lite.peft_format.numbers import At
+from lora_lite.peft_format.numbers import At, Found
 from lora_lite.variant import REGISTRY
 
 
@@ -80,7 +80,8 @@ def converted(model: nn.Module, found: Folder, part: str | None) -> tuple[Conten
     sorted_keys = assign(found, candidates, layers, model)
     check_layers(found, sorted_keys.tensors, named)
     method, here = chosen(found, candidates, named, part)
-    config = method.within(settled(method, config_of(method, found), found, sorted_keys.shared), found.config, here)
+    told = Found(found.config, sorted_keys.shared, {t: sorted_keys.tensors[t] for t in here}, {t: sizes(layers[t]) for t in here})
+    config = settled(method, config_of(method, found), found, told)
     ats = {t: At(own_config(found, config, t, sizes(layers[t])), *sizes(layers[t]), layers[t], t) for t in here}
     theirs = {t: {**method.fill(sorted_keys.tensors[t], ats[t]), **sorted_keys.shared} for t in here}
     check_shapes(found, method, ats, theirs)
@@ -162,10 +163,10 @@ def config_of(method: Method, found: Folder) -> AdapterConfig:
         raise CheckpointError(f"{found.source}: its config cannot be read: {brief(error)}") from error
 
 
-def settled(method: Method, config: AdapterConfig, found: Folder, shared: Mapping[str, Tensor]) -> AdapterConfig:
+def settled(method: Method, config: AdapterConfig, found: Folder, told: Found) -> AdapterConfig:
     try:
-        return method.settle(config, shared)
-    except ValueError as error:
+        return method.settle(config, told)
+    except Exception as error:  # a pattern's value may be anything
         raise CheckpointError(f"{found.source}: its config cannot be read: {brief(error)}") from error
 
 

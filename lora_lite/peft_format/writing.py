@@ -45,36 +45,34 @@ def to_peft(
 
     adapter      or the two halves of one IA3 folder, [ia3, ia3_ff]
     as_lora      one plain LoRA with scale and c folded into B, one rank for all layers, alpha = r: what vLLM and others load
-    approximate  where no plain LoRA is exact, or r is too low, the nearest one (a truncated SVD), instead of an error
+    approximate  where nothing is exact, or r is too low, the nearest plain LoRA (a truncated SVD), instead of an error
     r            the rank of a plain LoRA; by default the one that is exact, or for an approximation the config's own
 
-    Returns the relative error by layer: 0.0 where the folder is exact. A low-rank method that PEFT does not have (PiSSA's
-    differences) is written as a plain LoRA of itself. A folder that exists keeps its other files. Raises ValueError naming
+    Returns the relative error by layer: 0.0 where the folder is exact. What PEFT has no words for but a plain LoRA does exactly
+    (PiSSA's differences, HRA at c = 0.5) is written as that. A folder that exists keeps its other files. Raises ValueError naming
     what the method cannot say, RuntimeError where the base weight is needed and the adapter is not attached.
     """
     dose = checked(c)
-    if not as_lora and (approximate or r is not None):
-        raise ValueError("approximate and r are of as_lora=True; without it the folder is exact")
-    if r is not None and (isinstance(r, bool) or r < 1):
+    if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
         raise ValueError(f"r must be a positive whole number, got {r!r}")
     several = [adapter] if isinstance(adapter, Adapter) else list(adapter)
     check_halves(several, as_lora)
-    written = {a: plain(a, dose, approximate, r) if as_lora or is_foreign(a) else native(a, dose) for a in several}
+    reasons = {a: unsayable(a, dose) for a in several}
+    if r is not None and not as_lora and not all(reasons.values()):
+        raise ValueError(f"r={r} is the rank of a plain LoRA: say as_lora=True; as the method itself an adapter keeps its own")
+    written = {a: plain(a, dose, approximate, r, why) if as_lora or why else native(a, dose) for a, why in reasons.items()}
     content = functools.reduce(joined, [whole(a, w) for a, w in written.items()])
     check_endings(content.config)
     write_folder(folder, content)
     for a, w in written.items():
-        report(a, w.lost, as_lora)
+        if (why := reasons[a]) and not as_lora:
+            logger.info("{!r} is written as a plain LoRA: {}", a.name, why)
+        report(a, w.lost, as_lora or why is not None)
     return {t: error for w in written.values() for t, error in w.lost.items()}
 
 
 def method_of(adapter: Adapter) -> Method | None:
     return next((m for m in METHODS if m.variant == adapter.variant.name and m.writes), None)
-
-
-def is_foreign(adapter: Adapter) -> bool:
-    """Whether PEFT lacks the method, and a plain LoRA is the same."""
-    return method_of(adapter) is None and adapter.variant.form == "low-rank"
 
 
 def check_halves(adapters: Sequence[Adapter], as_lora: bool) -> None:
@@ -121,21 +119,10 @@ def checked(c: Any) -> float:
     return check_float(c)
 
 
-def known(adapter: Adapter) -> Method:
-    method = method_of(adapter)
-    if method is None:
-        raise ValueError(
-            f"PEFT has nothing that is exactly {adapter.variant.name!r}; as_lora=True writes it as a plain LoRA, where need be "
-            "with approximate=True"
-        )
-    return method
-
-
 def native(adapter: Adapter, c: float) -> Written:
     """The same method in PEFT's words. At c = 1 tensors that PEFT keeps as we do go over bit for bit."""
-    method = known(adapter)
-    ats = {t: At(adapter.config.at(t, *size), *size, bare_layer(adapter, t), t) for t, size in adapter.sizes.items()}
-    check_sayable(adapter, method, ats, c)
+    method, ats = method_of(adapter), places_of(adapter)
+    assert method is not None  # or it would be unsayable
     held = {t: {field: p.detach() for field, p in fields.items()} for t, fields in adapter.tensors().items()}
     held, whole = in_common(method, held)
     tensors: Tensors = {f"{SHARED_FRONT}{end}": whole[field] for field, end in method.shared.items()}
@@ -150,19 +137,31 @@ def native(adapter: Adapter, c: float) -> Written:
     return Written(tensors, {"peft_type": method.peft_type, **method.says, **method.when, **config}, dict.fromkeys(ats, 0.0))
 
 
-def check_sayable(adapter: Adapter, method: Method, ats: Mapping[str, At], c: float) -> None:
-    """Raises ValueError for what PEFT's form of this method has no words for."""
-    config, instead = adapter.config, "as_lora=True writes a plain LoRA that does the same, where there is one"
+def places_of(adapter: Adapter) -> dict[str, At]:
+    return {t: At(adapter.config.at(t, *size), *size, bare_layer(adapter, t), t) for t, size in adapter.sizes.items()}
+
+
+def unsayable(adapter: Adapter, c: float) -> str | None:
+    """What PEFT has no words for: the method, this config of it, this c, these layers. None where it has."""
+    method, config = method_of(adapter), adapter.config
+    if method is None:
+        return f"PEFT has nothing that is exactly {adapter.variant.name!r}"
     if c != 1.0 and method.turn is None:
-        raise ValueError(f"{method.peft_type} cannot say c={c}: {instead}")
+        return f"{method.peft_type} cannot say c={c}"
     if wrong := [k for k, v in method.fixed.items() if getattr(config, k) != v]:
-        raise ValueError(f"{method.peft_type} cannot say {wrong[0]}={getattr(config, wrong[0])!r}: {instead}")
+        return f"{method.peft_type} cannot say {wrong[0]}={getattr(config, wrong[0])!r}"
+    if reason := method.unsaid(config):
+        return f"{method.peft_type} cannot say {reason}"
+    ats = places_of(adapter)
+    if flat := [t for t, at in ats.items() if at.layer is not None and transposed(at.layer) and "fan_in_fan_out" not in method.says]:
+        return f"{method.peft_type} has no Conv1D, which {listed(flat)} are"
     for name in method.alike:
         if odd := [t for t, at in ats.items() if getattr(at.cfg, name) != getattr(config, name)]:
-            raise ValueError(
+            return (
                 f"{method.peft_type} has one {name} for all layers, {getattr(config, name)} here, and {odd[0]} has "
-                f"{getattr(ats[odd[0]].cfg, name)}: {instead}"
+                f"{getattr(ats[odd[0]].cfg, name)}"
             )
+    return None
 
 
 def in_common(method: Method, held: dict[str, Tensors]) -> tuple[dict[str, Tensors], Tensors]:
@@ -189,8 +188,8 @@ def bare_layer(adapter: Adapter, target: str) -> Any:
     return None if adapter.model is None or adapter.is_merged else adapter.model.get_submodule(target)
 
 
-def plain(adapter: Adapter, c: float, approximate: bool, r: int | None) -> Written:
-    updates = plain_updates(adapter, c, approximate, r)
+def plain(adapter: Adapter, c: float, approximate: bool, r: int | None, why: str | None) -> Written:
+    updates = plain_updates(adapter, c, approximate, r, why)
     tensors: Tensors = {}
     for t, update in updates.items():
         name = f"{FRONT}{strip_prefixes(t)}"
@@ -219,13 +218,24 @@ def about(adapter: Adapter, config: Mapping[str, Any]) -> dict[str, Any]:
 def saved_beside(adapter: Adapter) -> Tensors:
     """What `train_also` trained. PEFT saves modules, and cannot save one that carries an adapter."""
     check_untied(adapter)
-    beside = {strip_prefixes(n): p.detach() for n, p in adapter.also().items()}
-    targets = {strip_prefixes(t) for t in adapter.targets}
-    if bad := [n for n in beside if (module := n.rpartition(".")[0]) == "" or any(f"{t}.".startswith(f"{module}.") for t in targets)]:
+    targets, also = {strip_prefixes(t) for t in adapter.targets}, [strip_prefixes(n) for n in adapter.also()]
+    if bad := [n for n in also if (module := n.rpartition(".")[0]) == "" or any(f"{t}.".startswith(f"{module}.") for t in targets)]:
         raise CheckpointError(
             f"not saved: modules_to_save cannot hold {listed(bad)}, which lie on or above adapted layers, or on the model itself"
         )
-    return beside
+    return {strip_prefixes(n): p.detach() for n, p in whole_modules(adapter).items()}
+
+
+def whole_modules(adapter: Adapter) -> Tensors:
+    """Every parameter of the modules that have one in `train_also`: PEFT saves and loads modules, and fails where one lacks a part."""
+    found: Tensors = {}
+    for name in (n.rpartition(".")[0] for n in adapter.also()):
+        assert adapter.model is not None  # check_untied has refused
+        module = adapter.model.get_submodule(name)
+        found |= {".".join(filter(None, (name, n))): p for n, p in module.named_parameters()}
+        if buffers := set(module.state_dict()) - {n for n, _ in module.named_parameters()}:
+            raise CheckpointError(f"not saved: {name} has buffers, {listed(sorted(buffers))}, and modules_to_save holds parameters here")
+    return found | adapter.also()
 
 
 def check_untied(adapter: Adapter) -> None:
