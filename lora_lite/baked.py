@@ -89,6 +89,7 @@ class HistoryHook(Hook):
         for name in {name for _, name in self.fields} - set(content.tensors):
             layer._parameters.pop(name, None)
         layer._parameters.update(content.tensors)
+        self.dial.places += 1
         self.parts, self.members, self.alike = content.parts, content.members, repr(content.parts)
         self.fields = tuple((name.partition("__")[0], name) for name in content.tensors)
         if not content.tensors:
@@ -109,6 +110,7 @@ class HistoryHook(Hook):
 
     def dosed(self, layer: nn.Module, x: Tensor, y: Tensor | None) -> Tensor | None:
         """At the doses in force, under the zero rule: where all are zero, or the gate is shut, the base's bits."""
+        self.dial.calls += 1
         stack = DIALS.get().get(self.dial)
         doses: Doses = stack[-1] if stack else self.dial.rest  # type: ignore[assignment]
         if doses.task != current_task():

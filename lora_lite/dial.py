@@ -25,6 +25,8 @@ _LOCK = threading.Lock()
 # Which backward this thread is in, -1 outside of any. A forward that is recomputed for a checkpointed backward runs with
 # a number that differs from the one its setting was stamped with: that is how a c that moved meanwhile is noticed.
 current_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)
+MOVED = -2  # in place of that number: the adapter's hooks are no longer those of the forward
+replaying: ContextVar[bool] = ContextVar("lora_lite.replaying", default=False)
 
 
 class Setting:
@@ -198,6 +200,7 @@ class Dial:
 
     def _register(self) -> None:
         self.key = next(_KEYS)
+        self.places = self.calls = 0  # how often its hooks were put on or off, and called
         self.slot = Slot(self.rest.cell)
         self.here = _Here(self.slot)
         with _LOCK:
@@ -236,12 +239,20 @@ class Dial:
 
     def stale(self, setting: Setting) -> None:
         """A setting from outside this backward was read inside it. Harmless if c never moved; otherwise a wrong gradient."""
+        if setting.task == MOVED or (replaying.get() and setting is self.rest):  # replayed dials have settings of their own
+            raise self.displaced()
         if self.moved:
             raise RuntimeError(
                 f"adapter {self.name!r}: a forward is being recomputed during backward, and the c it ran with is not known "
                 "(c was moved by `with adapter(c=...)` or `adapter.c = ...`). torch.utils.checkpoint carries c by itself; other "
                 "recomputing functions must run their backward inside the same `with` block, opened in the backward"
             )
+
+    def displaced(self) -> RuntimeError:
+        return RuntimeError(
+            f"adapter {self.name!r} was attached, detached or merged between a forward and its recomputation (gradient checkpointing), "
+            "which would take other gradients than those of the forward: call backward() before, inside the same `with` block"
+        )
 
 
 DIALS: ContextVar[Mapping[Dial, tuple[Setting, ...]]] = ContextVar("lora_lite.dials", default={})  # noqa: B039 never mutated

@@ -56,11 +56,13 @@ class Hook:
     def install(self, layer: nn.Module) -> None:
         register = layer.register_forward_pre_hook if self.site == "input" else layer.register_forward_hook
         self.handle = register(self, with_kwargs=True)  # type: ignore[arg-type]
+        self.dial.places += 1
 
     def remove(self) -> None:
         if self.handle is not None:
             self.handle.remove()
             self.handle = None
+            self.dial.places += 1
 
     def suspend(self, layer: nn.Module) -> None:
         """Off the layer with its tensors, remembering the place it had among the layer's hooks."""
@@ -117,10 +119,12 @@ class Hook:
         x = args[0] if args else next(iter(kwargs.values()))
         if is_compiling():  # names of this module: looking them up in torch takes 0.5 us of a layer's 9
             return self.traced(layer, x, y)
-        stack = DIALS.get().get(self.dial)
-        setting = stack[-1] if stack else self.dial.rest
+        dial = self.dial
+        dial.calls += 1
+        stack = DIALS.get().get(dial)
+        setting = stack[-1] if stack else dial.rest
         if setting.task != current_task():
-            self.dial.stale(setting)
+            dial.stale(setting)
         try:
             if setting.off:
                 return self.anchored(layer, x if y is None else y)

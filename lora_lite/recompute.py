@@ -8,38 +8,52 @@ them, `install` says so and returns False; Dial.stale then raises where a wrong 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import torch.utils.checkpoint
 from loguru import logger
 
-from lora_lite.dial import DIALS, Dial, Setting, Slot, current_task, live
+from lora_lite.dial import DIALS, MOVED, Dial, Setting, Slot, current_task, live, replaying
 
-Snapshot = Mapping[Dial, Setting]
+
+class Captured(NamedTuple):
+    """What a forward found: c, and where the hooks were (by how often they had been put on or off)."""
+
+    setting: Setting
+    places: int
+
+
+Snapshot = Mapping[Dial, Captured]
 _installed: bool | None = None
 
 
 def capture() -> Snapshot:
     """Every adapter's c as it is in force now."""
-    return {dial: dial.setting() for dial in live()}
+    return {dial: Captured(dial.setting(), dial.places) for dial in live()}
 
 
-def replay(snapshot: Snapshot, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, run with the captured c, stamped with the backward it runs in."""
-    if not snapshot:
-        return function
+def replay(snapshot: Snapshot, function: Callable[..., Any], ran: Collection[Dial] = ()) -> Callable[..., Any]:
+    """`function`, run with the captured c, stamped with the backward it runs in.
+
+    ran  the dials whose hooks took part in the forward. One that has been moved since cannot take the same part again; where that
+         is not known, torch finds that other tensors were saved, and a hook that runs now and did not then says so itself
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        if lost := next((dial for dial in ran if dial.places != snapshot[dial].places), None):
+            raise lost.displaced()
         task = current_task()
-        token = DIALS.set({dial: (setting.stamped(task),) for dial, setting in snapshot.items()})
+        stamped = {dial: then.setting.stamped(task if dial.places == then.places else MOVED) for dial, then in snapshot.items()}
+        token, flag = DIALS.set({dial: (setting,) for dial, setting in stamped.items()}), replaying.set(True)
         slots = {dial: dial.here.slot for dial in snapshot}
-        for dial, setting in snapshot.items():
+        for dial, setting in stamped.items():
             dial.here.slot = Slot(setting.cell)
         try:
             return function(*args, **kwargs)
         finally:
+            replaying.reset(flag)
             DIALS.reset(token)
             for dial, slot in slots.items():
                 dial.here.slot = slot
@@ -79,9 +93,11 @@ def _patch_reentrant() -> bool:
 
     @functools.wraps(original)
     def forward(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:
-        snapshot = capture()
+        snapshot, before = capture(), {dial: dial.calls for dial in live()}
         output = original(ctx, run_function, *args)
-        ctx.run_function = replay(snapshot, ctx.run_function)
+        ran = [dial for dial in snapshot if dial.calls != before.get(dial)]
+        after = {dial: then._replace(places=dial.places) for dial, then in snapshot.items()}  # what it moved itself it moves again
+        ctx.run_function = replay(after, ctx.run_function, ran)
         return output
 
     function.forward = staticmethod(forward)

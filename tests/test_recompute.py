@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -260,7 +261,113 @@ def test_torch_still_has_what_is_patched() -> None:
     assert torch._C._current_graph_task_id() == -1
 
 
-def test_a_checkpoint_without_adapters_is_left_alone() -> None:
-    def run() -> None: ...
+def attached_for_the_block(model: nn.Module, live: ll.Adapter, kept: ll.Adapter, folder: Path) -> Tensor:
+    with kept(model, c=1.5):
+        return loss(model)
 
-    assert recompute.replay({}, run) is run
+
+def stacked_for_the_block(model: nn.Module, live: ll.Adapter, kept: ll.Adapter, folder: Path) -> Tensor:
+    with ll.stack(model, [(kept, 1.5)]):
+        return loss(model)
+
+
+def merged_for_the_block(model: nn.Module, live: ll.Adapter, kept: ll.Adapter, folder: Path) -> Tensor:
+    ll.attach(model, kept)
+    with kept.merged(c=0.5):
+        return loss(model)
+
+
+def detached_before(model: nn.Module, live: ll.Adapter, kept: ll.Adapter, folder: Path) -> Tensor:
+    value = loss(model) if ll.attach(model, kept) else None
+    kept.detach()
+    assert value is not None
+    return value
+
+
+def merged_before(model: nn.Module, live: ll.Adapter, kept: ll.Adapter, folder: Path) -> Tensor:
+    ll.attach(model, kept)
+    value = loss(model)
+    kept.merge(2.0)
+    return value
+
+
+def attached_before(model: nn.Module, live: ll.Adapter, kept: ll.Adapter, folder: Path) -> Tensor:
+    value = loss(model)
+    ll.attach(model, kept)
+    return value
+
+
+def put_back_before(model: nn.Module, live: ll.Adapter, kept: ll.Adapter, folder: Path) -> Tensor:
+    """In another order among the layer's hooks."""
+    value = loss(model)
+    live.detach()
+    ll.attach(model, kept)
+    ll.attach(model, live)
+    return value
+
+
+def loaded_before(model: nn.Module, live: ll.Adapter, kept: ll.Adapter, folder: Path) -> Tensor:
+    value = loss(model)
+    live.save(folder / "a.safetensors")
+    live.detach()
+    ll.load(model, folder / "a.safetensors")
+    return value
+
+
+def history_grown_before(model: nn.Module, live: ll.Adapter, kept: ll.Adapter, folder: Path) -> Tensor:
+    history = ll.HistoryBake(model, [(kept, 0.5)])
+    value = loss(model)
+    history.push(kept, 0.7)
+    return value
+
+
+DISPLACED = [
+    attached_for_the_block, stacked_for_the_block, merged_for_the_block, detached_before, merged_before, attached_before,
+    put_back_before, loaded_before, history_grown_before,
+]  # fmt: skip
+
+
+@KINDS
+@pytest.mark.parametrize("displaced", DISPLACED, ids=lambda f: f.__name__)
+def test_an_adapter_that_came_or_went_meanwhile_is_an_error(reentrant: bool, displaced: Callable[..., Tensor], tmp_path: Path) -> None:
+    """What is recomputed would not be what was computed; the reentrant kind does not notice by itself."""
+    model, live = checkpointed(reentrant, VARIANTS["lora"])
+    kept = randomise(attach(model, VARIANTS["lora"], name="kept", dtype=torch.float64), seed=1)
+    kept.detach()
+    with pytest.raises(RuntimeError, match=r"attached, detached or merged between|different number of tensors|different metadata"):
+        displaced(model, live, kept, tmp_path).backward()
+
+
+@KINDS
+def test_what_happens_to_other_models_meanwhile_does_not_matter(reentrant: bool) -> None:
+    wanted_model, wanted = plain(VARIANTS["lora"])
+    model, adapter = checkpointed(reentrant, VARIANTS["lora"])
+    other = mlp()
+    twin = attach(other, VARIANTS["lora"], name="twin")
+    value = after_the_block(model, adapter)
+    twin.merge()
+    twin.unmerge()
+    twin.detach()
+    attach(other, VARIANTS["dora"], name="next")
+    same(gradients(adapter, value), gradients(wanted, after_the_block(wanted_model, wanted)))
+
+
+@KINDS
+def test_what_a_checkpointed_function_does_itself_it_does_again(reentrant: bool) -> None:
+    """Blocks and attachments inside of it are part of what is recomputed."""
+    found = []
+    for wrap in (False, True):
+        model = mlp(torch.float64)
+        live = randomise(attach(model, VARIANTS["lora"], dtype=torch.float64))
+        kept = randomise(attach(model, VARIANTS["lora"], name="kept", dtype=torch.float64), seed=1)
+        kept.detach()
+
+        def run(x: Tensor, model: nn.Module = model, live: ll.Adapter = live, kept: ll.Adapter = kept) -> Tensor:
+            with kept(model, c=1.5), live(model, c=-0.5):
+                return model(x)
+
+        x = normal(3, 12, dtype=torch.float64).requires_grad_()
+        y = checkpoint(run, x, use_reentrant=reentrant) if wrap else run(x)
+        assert isinstance(y, Tensor)
+        found.append(gradients(live, y.square().mean()))
+    same(found[1], found[0])
