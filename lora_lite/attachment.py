@@ -188,7 +188,7 @@ def _place_one(shared: Shared, target: Target, tensors: Mapping[str, Parameter])
     specs = variant.param_specs(target.d_in, target.d_out, cfg)
     trained = tuple(names[f] for f, spec in specs.items() if spec.trainable)
     reader = Reader(layer, target.d_in, target.d_out, variant.reads_weight == "step")
-    hook = HOOKS[variant.form](shared.dial, target.name, names, trained, variant, cfg, reader, target.routed, shared)
+    hook = HOOKS[variant.form_at(cfg)](shared.dial, target.name, names, trained, variant, cfg, reader, target.routed, shared)
     hook.install(layer)
     for f, on_layer in names.items():
         layer.register_parameter(on_layer, tensors[f])

@@ -19,7 +19,7 @@ T = TypeVar("T")
 CALLED = {
     "lora_alpha": "alpha", "lora_dropout": "dropout", "module_dropout": "dropout", "rank": "r", "lora_r": "r", "lora_rank": "r",
     "target_modules": "targets", "exclude_modules": "exclude", "layers_to_transform": "layers", "use_rslora": "rslora",
-    "oft_block_size": "block_size",
+    "oft_block_size": "block_size", "feedforward_modules": "feedforward",
 }  # fmt: skip
 SAID = {
     "modules_to_save": "train_also= of ll.attach",
@@ -37,6 +37,7 @@ MEANT = {
     "layer_range": "two fractions, such as (0.2, 0.8)",
     "layers": "block indices, such as (2,)",
     "roles": f"among {ROLES}",
+    "feedforward": "regexes, such as ('down_proj',)",
 }
 
 
@@ -136,6 +137,10 @@ class AdapterConfig:
 
     def patterns(self) -> dict[str, Mapping[str, Any]]:
         """The per-layer tables by field name; `find_targets` refuses keys that match no target."""
+        return {}
+
+    def searched(self) -> dict[str, Sequence[str]]:
+        """Further regexes by field name, searched in full module names as `targets` are; `find_targets` refuses idle ones."""
         return {}
 
     def renamed(self, names: Mapping[str, str]) -> Self:

@@ -3,8 +3,9 @@
 The order at every layer, however adapters and histories came onto the model:
 
     1. histories, the older first; then live adapters, in the order they were attached;
-    2. within a history: methods that change what the layer takes in (ia3_ff, oft, hra), in stack order; the layer; all additive
-       updates at once, as one pair (x A^T * doses) B^T; methods that change what it puts out (ia3, dora, road), in stack order.
+    2. within a history: methods that change what the layer takes in (ia3_ff, oft, hra, ia3 where it is fed forward), in stack
+       order; the layer; all additive updates at once, as one pair (x A^T * doses) B^T; methods that change what it puts out (ia3
+       elsewhere, dora, road), in stack order.
 
 Each acts on what those before it left, so additive histories and live adapters give the same numbers in any order, and two
 DoRAs do not commute. (Input sites run before output sites: a live ia3_ff changes what a history at that layer sees.)
@@ -27,6 +28,7 @@ from lora_lite.baked import Baked, Content, HistoryHook, history_hooks
 from lora_lite.base import fingerprint, refusal
 from lora_lite.dial import DIALS, Block, Coefficient
 from lora_lite.doses import DoseDial, Doses
+from lora_lite.hooks import HOOKS
 from lora_lite.keeping import as_lora, extended, given, kept_of, lora_config, without
 from lora_lite.target import Target
 
@@ -184,7 +186,7 @@ class HistoryBake:
         for place, (adapter, _) in enumerate(pairs, before):
             targets, whole = self._targets(adapter, strict_base), given(adapter)
             for target in targets:
-                site = "input" if adapter.variant.form == "input" else "output"
+                site = HOOKS[adapter.variant.form_at(adapter.config.at(target.name, target.d_in, target.d_out))].site
                 known = history_hooks(target.module, baked).get(site)
                 now = known.content(target.module) if known else Content()
                 _, now = contents.get((target.name, site), (target, now))

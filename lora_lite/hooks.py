@@ -256,7 +256,7 @@ def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor, inpla
     return add_narrow(y, h, B, c * g if scale is None else scale, inplace=inplace)
 
 
-HOOKS: dict[str, Callable[..., Hook]] = {"low-rank": LowRankHook, "output": OutputHook, "input": InputHook}
+HOOKS: dict[str, type[Hook]] = {"low-rank": LowRankHook, "output": OutputHook, "input": InputHook}
 
 
 def hooks_on(layer: nn.Module) -> Iterator[Hook]:

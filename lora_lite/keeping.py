@@ -63,7 +63,7 @@ def extended(now: Content, baked: Baked, target: Target, place: int, given: Give
     names = {f: baked.on_layer(f, place) for f in held}
     cfg = adapter.config.at(target.name, target.d_in, target.d_out)
     reader = Reader(target.module, target.d_in, target.d_out, variant.reads_weight == "step")
-    member = HOOKS[variant.form](baked.dial, target.name, names, (), variant, cfg, reader, target.routed, baked)
+    member = HOOKS[variant.form_at(cfg)](baked.dial, target.name, names, (), variant, cfg, reader, target.routed, baked)
     member.dropout = 0.0  # what is kept is no longer trained
     new = {names[f]: fresh_parameter(value, like, False) for f, value in held.items()}
     return Content(now.parts, (*now.members, (place, member)), {**now.tensors, **new})

@@ -60,7 +60,7 @@ OVERVIEW: Mapping[str, Callable[[type[Variant]], str]] = {
     "paper": lambda v: v.paper,
     "trained per layer": lambda v: v.parameters,
     "tensors": lambda v: tensors(v),
-    "site": lambda v: "input" if v.form == "input" else "output",
+    "site": lambda v: {"input": "input", "either": "output or input"}.get(v.form, "output"),
     "reads the weight": lambda v: "never" if v.reads_weight == "never" else reads(v),
     "calibration": lambda v: v.calibration,
     "quantised base": lambda v: "yes" if v.reads_weight == "never" else "no",

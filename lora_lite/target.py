@@ -80,7 +80,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
         ll.find_targets(model, ll.LoRAConfig(targets=("q_proj", "v_proj"), layer_range=(0.2, 0.8)))
 
     Linears outside any stack of blocks are kept by a depth band. Raises RuntimeError, all problems in one, where a regex,
-    the band, the roles or a key of rank_pattern or alpha_pattern leaves nothing, with what was possible instead.
+    the band, the roles or a key of rank_pattern, alpha_pattern or feedforward leaves nothing, with what was possible instead.
     """
     check_model(model)
     search = Search(model, cfg)
@@ -303,12 +303,15 @@ class Search:
         return f"{pattern!r} matches nothing, because the experts hold no linears: {_few(hits)}; adapt the attention instead"
 
     def _idle_keys(self) -> list[str]:
-        """Keys of the per-layer tables that match no target, by the rule that applies them."""
+        """Keys of the per-layer tables, and regexes that tell the targets apart, that match no target, by the rule that applies them."""
         names, marker, found = [t.name for t in self.chosen], object(), []
         for table, entries in self.cfg.patterns().items():
             for key in entries:
                 if all(match_pattern({key: None}, n, marker) is marker for n in names):
                     found.append(f"{table} has {key!r}, which matches the end of no target's path; {nearest(key, names)}")
+        for table, patterns in self.cfg.searched().items():
+            idle = [p for p in patterns if not any(re.search(p, n) for n in names)]
+            found += [f"{table} has {p!r}, which matches no target's name; {nearest(p, names)}" for p in idle]
         return found
 
 

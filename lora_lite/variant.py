@@ -107,7 +107,8 @@ Params = Mapping[str, Tensor]
 class Variant:
     """The maths of one method: tensors and config in, an update out. Never instantiated; every method is static.
 
-    form          "low-rank": `factors` says it all. "output": y + delta. "input": x + delta, before the linear
+    form          "low-rank": `factors` says it all. "output": y + delta. "input": x + delta, before the linear. "either": one of
+                  the last two, layer by layer, as `form_at(cfg)` says
     reads_weight  "never", "init" or "step": when `base.weight` is given; otherwise it is None
     calibration   "no", "optional" or "required": whether `observe` is fed before `init`
     observes      what its observers are fed: "inputs" of the layer, or "gradients" of a loss as well
@@ -128,7 +129,7 @@ class Variant:
     name: ClassVar[str]
     Config: ClassVar[type[AdapterConfig]]
     paper: ClassVar[str] = ""
-    form: ClassVar[Literal["low-rank", "output", "input"]] = "low-rank"
+    form: ClassVar[Literal["low-rank", "output", "input", "either"]] = "low-rank"
     reads_weight: ClassVar[Literal["never", "init", "step"]] = "never"
     calibration: ClassVar[Literal["no", "optional", "required"]] = "no"
     observes: ClassVar[Literal["inputs", "gradients"]] = "inputs"
@@ -148,6 +149,12 @@ class Variant:
     def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
         """Every tensor by its name on the layer ("lora_A"): shape, initialiser, trainable or frozen."""
         raise NotImplementedError
+
+    @classmethod
+    def form_at(cls, cfg: Any) -> Literal["low-rank", "output", "input"]:
+        """The form at one layer, whose own config this is (`config.at`); defined where `form` is "either"."""
+        assert cls.form != "either"  # `register` has seen to that
+        return cls.form
 
     @classmethod
     def identity_of(cls, cfg: Any) -> Identity:
@@ -243,7 +250,13 @@ class Variant:
 
 REGISTRY: dict[str, type[Variant]] = {}
 V = TypeVar("V", bound=type[Variant])
-FORMS = {"low-rank": ("factors",), "output": ("delta", "added"), "input": ("delta", "added")}  # one of these must be defined
+CHANGES = ("delta", "added")
+FORMS: Mapping[str, tuple[tuple[str, ...], ...]] = {  # of each group one method must be defined
+    "low-rank": (("factors",),),
+    "output": (CHANGES,),
+    "input": (CHANGES,),
+    "either": (CHANGES, ("form_at",)),
+}
 
 
 def register(cls: V) -> V:
@@ -256,7 +269,7 @@ def register(cls: V) -> V:
         raise ValueError(f"variant {cls.name!r} is already registered by {known.__module__}.{known.__qualname__}")
     if cls.form not in FORMS:
         raise TypeError(f"variant {cls.name!r} has form {cls.form!r}, not one of {sorted(FORMS)}")
-    for methods in (("param_specs",), FORMS[cls.form]):
+    for methods in (("param_specs",), *FORMS[cls.form]):
         if not any(inspect.getattr_static(cls, m) is not inspect.getattr_static(Variant, m) for m in methods):
             raise TypeError(f"variant {cls.name!r} of form {cls.form!r} must define {'() or '.join(methods)}()")
     if not issubclass(cls.Config, AdapterConfig) or cls.Config.variant != cls.name:

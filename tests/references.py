@@ -87,7 +87,12 @@ def pissa(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, 
 
 
 def ia3(W: Tensor, b: Tensor | None, t: Tensors, cfg: Any, x: Tensor, c: Any, target: str = "", wrong_bias: bool = False) -> Tensor:
-    """arXiv:2205.05638 section 3.3 on an output: the whole output is gated, bias too. Stored as l - 1; the gate is 1 + c (l - 1)."""
+    """arXiv:2205.05638 section 3.3 on an output: the whole output is gated, bias too. Stored as l - 1; the gate is 1 + c (l - 1).
+
+    Where the layer's name says that it is of the feed-forward block, its input is gated.
+    """
+    if any(re.search(pattern, target) for pattern in cfg.feedforward):
+        return ia3_ff(W, b, t, cfg, x, c)
     gate = 1 + c * t["lora_l"]
     return linear(x, W) * gate + b if wrong_bias and b is not None else linear(x, W, b) * gate
 

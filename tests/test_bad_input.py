@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lora_lite as ll
-from tests.models import VARIANTS, activations, attach, bert, llama, mlp, normal, opt, randomise
+from tests.models import VARIANTS, activations, attach, bert, checked_again, llama, mlp, normal, opt, randomise
 from tests.references import assert_close, same_bits
 from tests.test_laws import changed, mixed_flags, snapshot
 
@@ -205,6 +205,31 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "exclude = 3": (lambda m, _: lora(exclude=3), ValueError, r"exclude must be regexes, such as \('lm_head',\); got 3"),
     "targets = 3": (lambda m, _: lora(targets=3), ValueError, r'targets must be "all-linear" or regexes; got 3'),
     "roles = 3": (lambda m, _: lora(roles=3), ValueError, r"roles must be among .*; got 3"),
+    "feedforward = 3": (
+        lambda m, _: checked_again(ll.IA3Config(), {"feedforward": 3}),
+        ValueError,
+        r"feedforward must be regexes, such as \('down_proj',\); got 3",
+    ),
+    "feedforward = a bad regex": (
+        lambda m, _: ll.IA3Config(feedforward="("),
+        ValueError,
+        r"feedforward holds '\(', which is not a regular",
+    ),
+    "feedforward that means no target": (
+        lambda m, _: ll.attach(m, ll.IA3Config(targets="up", feedforward=("up", "dwn"))),
+        RuntimeError,
+        r"feedforward has 'dwn', which matches no target's name; .* called up",
+    ),
+    "feedforward of what excludes it": (
+        lambda m, _: ll.attach(m, ll.IA3Config(feedforward="down", exclude="down")),
+        RuntimeError,
+        "feedforward has 'down', which matches no target's name",
+    ),
+    "feedforward_modules": (
+        lambda m, _: ll.IA3Config(feedforward_modules=["down"]),  # type: ignore[call-arg]
+        TypeError,
+        "feedforward_modules is feedforward here",
+    ),
     "r by its place": (lambda m, _: ll.LoRAConfig(16), TypeError, r"by name, such as LoRAConfig\(r=16\)"),  # type: ignore[call-arg]
     "targets by their place": (lambda m, _: ll.IA3Config("up"), TypeError, r"by name, such as IA3Config\(targets='up'\)"),  # type: ignore[call-arg]
     "PEFT's names": (

@@ -136,6 +136,20 @@ def test_methods_without_a_schedule_take_both_calls_and_do_nothing() -> None:
     assert all(torch.equal(p, before[n]) for n, p in adapter.state_dict().items())
 
 
+# -- a form by layer ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["either", "neither"])
+def test_a_form_that_is_not_defined_is_refused_when_the_class_is_made(form: Any) -> None:
+    made = type(
+        "Undefined", (ll.Variant,), {"name": "toy", "Config": ToyConfig, "form": form, "param_specs": Toy.param_specs, "added": None}
+    )
+    message = r"form 'either' must define form_at\(\)" if form == "either" else "form 'neither', not one of .*'either'"
+    with pytest.raises(TypeError, match=message):
+        ll.register(made)
+    assert "toy" not in ll.REGISTRY
+
+
 # -- gradients ----------------------------------------------------------------------------------------------------------
 
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import lora_lite as ll
+from lora_lite.attachment import all_hooks
 from lora_lite.variant import Base
 from lora_lite.variants import cayley as cayley_file
 from lora_lite.variants import oft as oft_file
-from tests.models import VARIANTS, Row, attach, checked_again, llama, mlp, normal, randomise, resolved, single, tensors_at
+from tests.models import VARIANTS, Row, attach, checked_again, llama, mlp, normal, randomise, refill, resolved, single, tensors_at
 from tests.references import assert_close, assert_differs, reference, same_bits
 
 F64 = torch.float64
@@ -223,6 +226,71 @@ def test_a_small_stretch_survives_bfloat16(name: str) -> None:
     want = ((1 + small) * y.double()).bfloat16()
     assert float((got == want).double().mean()) > 0.98 and float((want != y).double().mean()) > 0.5
     assert torch.equal(torch.tensor(1 + small).bfloat16() * y, y), "cast first, nothing would be left"
+
+
+# --- IA3 ---------------------------------------------------------------------------------------------------------------
+
+
+def square(seed: int = 0) -> nn.Module:
+    """Four layers of one size each, whose shapes do not tell a gate of inputs from one of outputs."""
+    model = nn.Sequential(OrderedDict({n: nn.Linear(8, 8, dtype=F64) for n in ("k_proj", "fc", "v_proj", "down_proj")}))
+    refill(model, seed, weight_std=0.3, bias_std=0.2)
+    return model.eval()
+
+
+def test_ia3_gates_what_feedforward_names_on_its_input_and_the_rest_on_its_output() -> None:
+    model, x = square(), normal(5, 8, dtype=F64)
+    adapter = randomise(attach(model, Row(ll.IA3Config(targets=("k_proj", "down_proj"), feedforward="down")), dtype=F64))
+    gate = {t: 1 + p["lora_l"].detach() for t, p in adapter.tensors().items()}
+    layers: list[Any] = [model.get_submodule(n) for n in ("k_proj", "fc", "v_proj", "down_proj")]
+    k, fc, v, down = layers
+
+    def dense(x: Tensor) -> Tensor:
+        h = (x @ k.weight.T + k.bias) * gate["k_proj"]
+        h = (h @ fc.weight.T + fc.bias) @ v.weight.T + v.bias
+        return (h * gate["down_proj"]) @ down.weight.T + down.bias
+
+    assert_close(model(x), dense(x))
+    assert {t: type(hook).__name__ for t, _, hook in all_hooks(model)} == {"k_proj": "OutputHook", "down_proj": "InputHook"}
+
+
+def test_a_half_of_ia3_is_ia3_ff_to_the_bit() -> None:
+    model, other, x = square(), square(), normal(5, 8, dtype=F64)
+    randomise(attach(model, Row(ll.IA3Config(feedforward="proj|fc")), dtype=F64))
+    randomise(attach(other, Row(ll.IA3FFConfig()), dtype=F64))
+    assert same_bits(model(x), other(x))
+
+
+@pytest.mark.parametrize("feedforward", ["down_proj", r"^down_proj$", "^(down_proj|fc)$"])
+def test_feedforward_layers_stay_what_they_are_under_a_wrappers_names(feedforward: str, tmp_path: Any) -> None:
+    """All shapes are the same, so nothing but the names could tell."""
+    x = normal(5, 8, dtype=F64)
+    model = square()
+    adapter = randomise(attach(model, Row(ll.IA3Config(feedforward=feedforward)), dtype=F64))
+    adapter.save(tmp_path / "bare.safetensors")
+    wrapped = nn.ModuleDict({"module": square()})
+    there = ll.load(wrapped, tmp_path / "bare.safetensors", strict_base=False)
+    assert there.targets == [f"module.{t}" for t in adapter.targets]
+    assert same_bits(wrapped["module"](x), model(x))
+    there.save(tmp_path / "wrapped.safetensors")
+    back = square()
+    ll.load(back, tmp_path / "wrapped.safetensors", strict_base=False)
+    assert same_bits(back(x), model(x))
+
+
+def test_ia3_files_from_before_feedforward_load(tmp_path: Any) -> None:
+    values, x = {t: normal(8, seed=i, dtype=F64) for i, t in enumerate(("k_proj", "down_proj"))}, normal(5, 8, dtype=F64)
+    for variant, config in (("ia3", ll.IA3Config()), ("ia3_ff", ll.IA3FFConfig())):
+        said = {"variant": variant, "targets": "proj", "exclude": [], "layer_range": [0.0, 1.0], "layers": None, "roles": None}
+        header = {"format": "lora_lite", "format_version": "1", "config": json.dumps(said | {"dtype": "float64"})}
+        save_file({f"{t}.lora_l": v for t, v in values.items()}, tmp_path / f"{variant}.safetensors", header)
+        model, want = square(), square()
+        ll.load(model, tmp_path / f"{variant}.safetensors")
+        adapter = attach(want, Row(config), targets="proj", exclude=("v_proj",), dtype=F64)
+        with torch.no_grad():
+            for t, p in adapter.tensors().items():
+                p["lora_l"].copy_(values[t])
+        assert same_bits(model(x), want(x))
 
 
 # --- DeLoRA ------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ ADDITIVE = ("lora", "pissa", "pissa-spectrum", "lora-rs")
 STACKS = {
     "additive": ADDITIVE,
     "outputs": ("dora", "ia3", "dora"),
-    "inputs": ("ia3_ff", "hra", "oft"),
+    "inputs": ("ia3_ff", "hra", "ia3-both", "oft"),
     "all": ("dora", "lora", "ia3_ff", "ia3", "pissa-spectrum", "hra", "dora", "pissa", "road"),
 }
 each_stack = pytest.mark.parametrize("names", STACKS.values(), ids=STACKS.keys())
@@ -78,17 +78,20 @@ def ordered(layer: nn.Module, stacked: Sequence[tuple[ll.Adapter, Any]], x: Tens
         adapter, c = pair
         return reference(W, b, first[id(pair)], adapter.config.at("linear", W.shape[1], W.shape[0]), x, c, "linear")
 
+    def form(pair: tuple[ll.Adapter, Any]) -> str:
+        return pair[0].variant.form_at(pair[0].config.at("linear", W.shape[1], W.shape[0]))
+
     for group in groups:
         for pair in group:
-            if pair[0].variant.form == "input":
+            if form(pair) == "input":
                 x = method(pair, eye, None, x)
     y = linear(x, W, b)
     for group in groups:
         for pair in group:
-            if pair[0].variant.form == "low-rank":
+            if form(pair) == "low-rank":
                 y = y + method(pair, W, None, x) - linear(x, W)
         for pair in group:
-            if pair[0].variant.form == "output":
+            if form(pair) == "output":
                 y = on_output(pair, method, W, b, x, y)
     return y
 
@@ -187,6 +190,20 @@ def test_a_stack_of_additive_adapters_is_their_separate_hooks(dtype: torch.dtype
     assert_close(run(), together, tolerance=tolerance)
     adapters[1].c = -0.99
     assert_differs(run(), together, least=1e-4)
+
+
+def test_a_method_of_both_sites_is_kept_at_each_layers_own() -> None:
+    model = mlp(F64)
+    (adapter,) = kept(model, ("ia3-both",))
+    with ll.attach(model, adapter)(model, c=0.7):
+        want = model(X)
+    adapter.detach()
+    history = HistoryBake(model, [(adapter, 0.7)])
+    assert_close(model(X), want, tolerance=1e-14)
+    sites = {(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules() if isinstance(m, nn.Linear)}
+    assert sites == {(1, 0), (0, 1)}
+    history.pop()
+    assert same_bits(model(X), mlp(F64)(X)) and "lora_" not in str(list(model.state_dict()))
 
 
 def test_one_hook_per_layer_and_site_for_all() -> None:

@@ -60,6 +60,7 @@ CASES = {
     "dora": Case(ll.DoRAConfig(r=4, alpha=6.0, targets=TARGETS), exact=False),
     "dora_rs": Case(ll.DoRAConfig(r=4, alpha=3.0, rslora=True, targets=TARGETS, **PATTERNS), exact=False),
     "ia3": Case(ll.IA3Config(targets=TARGETS), exact=False),
+    "ia3_both": Case(ll.IA3Config(targets=TARGETS, feedforward="down_proj"), exact=False),
     "ia3_ff": Case(ll.IA3FFConfig(targets=TARGETS), exact=False),
     "adalora": Case(ll.AdaLoRAConfig(r=4, alpha=6.0, target_r=2, total_step=9, deltaT=3, targets=TARGETS)),
     "adalora_unscheduled": Case(ll.AdaLoRAConfig(r=4, alpha=6.0, targets=TARGETS)),
@@ -218,6 +219,10 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "pissa_rs": lora(init_lora_weights="pissa", use_rslora=True),
     "ia3 outputs": lambda: peft.IA3Config(target_modules=["q_proj", "v_proj"], feedforward_modules=[]),
     "ia3 inputs": lambda: peft.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"]),
+    "ia3 both": lambda: peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ia3 both, square ones too": lambda: peft.IA3Config(target_modules=NAMES, feedforward_modules=["q_proj", "down_proj"]),
+    "ia3 both, by a regex": lambda: peft.IA3Config(target_modules=NAMES, feedforward_modules=r".*\.(down|0\.self_attn\.q)_proj"),
+    "ia3 both, by a regex with a flag": lambda: peft.IA3Config(target_modules=NAMES, feedforward_modules=r"(?i).*\.DOWN_proj"),
     "hra": lambda: peft.HRAConfig(r=4, target_modules=NAMES),
     "hra_gs": lambda: peft.HRAConfig(r=4, target_modules=NAMES, apply_GS=True),
     "oft": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=NAMES),
@@ -229,7 +234,8 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "miss": lambda: peft.MissConfig(r=8, target_modules=NAMES),
     "vera": lambda: peft.VeraConfig(r=8, target_modules=NAMES),
 }
-DEVIATIONS = ("dora", "dora_rs", "ia3 outputs", "ia3 inputs", "road")  # stored here as the distance from PEFT's start
+IA3S = ("ia3 outputs", "ia3 inputs", "ia3 both", "ia3 both, square ones too", "ia3 both, by a regex", "ia3 both, by a regex with a flag")
+DEVIATIONS = ("dora", "dora_rs", *IA3S, "road")  # stored here as the distance from PEFT's start
 
 
 def trained(config: Any, folder: Path, model: Any = None, std: float = 0.05) -> Tensor:
@@ -289,7 +295,7 @@ def test_ours_there_and_back_is_bitwise(name: str, tmp_path: Path) -> None:
         elif name != "vera":  # whose frozen A takes the scale of the widest layer
             assert_close(theirs[key], v, key, 3e-7)
     assert_close(logits(model_2), logits(model), "logits", EQUAL)
-    same = ("targets", "exclude", "projection_seed")
+    same = ("targets", "exclude", "projection_seed", "feedforward")
     assert {k: v for k, v in back.config.to_dict().items() if k not in same} == {
         k: v for k, v in adapter.config.to_dict().items() if k not in same
     }
@@ -353,16 +359,52 @@ def test_what_adalora_left_is_an_adalora(steps: int, tmp_path: Path) -> None:
         ll.from_peft(fresh(), tmp_path)
 
 
-def test_an_ia3_folder_of_both_kinds_is_two_adapters(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "variant", "feedforward"), [
+    ("ia3 outputs", "ia3", ()), ("ia3 inputs", "ia3_ff", ("",)), ("ia3 both", "ia3", ("down_proj$",)),
+    ("ia3 both, by a regex", "ia3", (r"^(?:.*\.(down|0\.self_attn\.q)_proj)$",)),
+    ("ia3 both, by a regex with a flag", "ia3", tuple(rf"^model\.layers\.{i}\.mlp\.down_proj$" for i in (0, 1))),
+])  # fmt: skip
+def test_an_ia3_folder_is_one_adapter_in_pefts_own_words(name: str, variant: str, feedforward: tuple[str, ...], tmp_path: Path) -> None:
+    trained(THEIRS[name](), tmp_path)
+    adapter: Any = ll.from_peft(fresh(), tmp_path)
+    assert (adapter.config.variant, adapter.config.feedforward) == (variant, feedforward)
+
+
+def test_an_ia3_folder_of_both_kinds_is_two_adapters_where_its_parts_are_asked_for(tmp_path: Path) -> None:
     want = trained(peft.IA3Config(target_modules=NAMES, feedforward_modules=["down_proj"]), tmp_path)
+    edit(tmp_path, feedforward_modules=["down_proj", "never_there"])
     model = fresh()
-    with pytest.raises(ll.CheckpointError, match=r"two adapters here.*part='ia3' \(6 layers\) and part='ia3_ff' \(2 layers\)"):
-        ll.from_peft(model, tmp_path)
-    ll.from_peft(model, tmp_path, name="outputs", part="ia3")
-    ll.from_peft(model, tmp_path, name="inputs", part="ia3_ff")
+    outputs = ll.from_peft(model, tmp_path, name="outputs", part="ia3")
+    inputs = ll.from_peft(model, tmp_path, name="inputs", part="ia3_ff")
+    assert (len(outputs.targets), len(inputs.targets)) == (6, 2)
     assert_close(logits(model), want, "logits", EQUAL)
+    whole = fresh()
+    both: Any = ll.from_peft(whole, tmp_path)
+    assert len(both.targets) == 8 and both.config.feedforward == ("down_proj$",), "a name that means no layer is left out"
+    assert same_bits(logits(whole), logits(model))
     with pytest.raises(ll.CheckpointError, match="no part 'lora'"):
         ll.from_peft(fresh(), tmp_path, part="lora")
+
+
+def test_a_feed_forward_layer_whose_name_ends_anothers_is_refused(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"proj": nn.Linear(4, 4), "k_proj": nn.Linear(4, 4)})
+    for config in (ll.IA3Config(feedforward="^proj"), ll.IA3Config(feedforward="k_proj")):
+        adapter = ll.attach(model, config)
+        if config.feedforward == ("k_proj",):
+            ll.to_peft(adapter, tmp_path / "fine")
+        else:
+            with pytest.raises(ValueError, match=r"gate the inputs of .*k_proj.* too"):
+                ll.to_peft(adapter, tmp_path / "x")
+        adapter.detach()
+    assert [p.name for p in tmp_path.iterdir()] == ["fine"]
+
+
+@pytest.mark.parametrize("modules", ["(", "a{99999999999999}", [1]])
+def test_feedforward_modules_that_cannot_be_read_are_an_error(modules: Any, tmp_path: Path) -> None:
+    trained(THEIRS["ia3 both"](), tmp_path)
+    edit(tmp_path, feedforward_modules=modules)
+    with pytest.raises(ll.CheckpointError, match="where the adapter goes"):
+        ll.from_peft(fresh(), tmp_path)
 
 
 @pytest.mark.parametrize("c", DOSES)
@@ -373,6 +415,9 @@ def test_two_halves_of_ia3_are_one_folder(c: float, tmp_path: Path) -> None:
     with outputs(model, c=c), inputs(model, c=c):
         want = logits(model)
     assert_close(in_peft(tmp_path / "ours"), want, "PEFT's logits", EQUAL)
+    together = fresh()
+    ll.from_peft(together, tmp_path / "ours")
+    assert_close(logits(together), want, "as one adapter", EQUAL)
     back = fresh()
     ll.from_peft(back, tmp_path / "ours", name="outputs", part="ia3")
     ll.from_peft(back, tmp_path / "ours", name="inputs", part="ia3_ff")
@@ -635,6 +680,8 @@ def test_layers_that_store_their_weight_transposed(name: str, tmp_path: Path) ->
     base = gpt2()
     config: ll.AdapterConfig = dataclasses.replace(CASES[name].config, targets=r"c_attn$")
     config = dataclasses.replace(config, **{table: {} for table in config.patterns()})  # they name Llama's layers
+    if config.searched():
+        config = dataclasses.replace(config, targets=("c_attn$", "c_proj$"), feedforward=r"mlp\.c_proj$")
     model = copy.deepcopy(base)
     adapter = randomise(ll.attach(model, config, seed=0), std=0.1)
     try:

@@ -58,7 +58,7 @@ Grads = dict[tuple[str, str], Tensor]
 
 
 class Case(NamedTuple):
-    """PEFT's config and ours for the same thing. PEFT's IA3 is two of our variants, so ours are several, on disjoint targets."""
+    """PEFT's config and ours for the same thing. PEFT's IA3 may be two adapters here, so ours are several, on disjoint targets."""
 
     peft: Callable[[], PeftConfig]
     ours: tuple[ll.AdapterConfig, ...]
@@ -95,6 +95,10 @@ CASES = {
     "ia3": Case(
         lambda: IA3Config(target_modules=NAMES, feedforward_modules=["down_proj"]),
         (ll.IA3Config(targets=TARGETS[:3]), ll.IA3FFConfig(targets=TARGETS[3:])),
+    ),
+    "ia3_both": Case(
+        lambda: IA3Config(target_modules=NAMES, feedforward_modules=["down_proj"]),
+        (ll.IA3Config(targets=TARGETS, feedforward="down_proj"),),
     ),
     "hra": Case(lambda: HRAConfig(r=4, target_modules=NAMES), (ll.HRAConfig(r=4, targets=TARGETS),)),
     "hra_gs": Case(lambda: HRAConfig(r=4, target_modules=NAMES, apply_GS=True), (ll.HRAGSConfig(r=4, targets=TARGETS),)),
@@ -291,6 +295,12 @@ MISTAKES = {
     "a scale of the rank that is left": ("adalora", "adalora", partial(references.adalora, wrong_rank=2), "logits"),
     "patterns ignored": ("patterns", "lora", lambda *a: references.lora(*a[:3], ll.LoRAConfig(r=4, alpha=6.0), *a[4:]), "logits"),
     "bias not scaled": ("ia3", "ia3", partial(references.ia3, wrong_bias=True), "logits"),
+    "a square layer gated on its other side": (
+        "ia3_both",
+        "ia3",
+        lambda *a: (references.ia3_ff if a[0].shape[0] == a[0].shape[1] else references.ia3)(*a),
+        "logits",
+    ),
     "norm not detached": ("dora", "dora", partial(references.dora, wrong_norm=True), "gradients"),
     "first column first": ("hra", "hra", partial(references.hra, wrong_order=True), "logits"),
     "the inverse rotation": ("oft", "oft", partial(references.oft, wrong_way=True), "logits"),

@@ -15,7 +15,7 @@ from tests.models import normal
 from tests.references import assert_close, assert_differs, error, same_bits
 
 D_OUT, D_IN, R = 14, 10, 3
-CONFIG = SimpleNamespace(alpha=6.0, alpha_pattern={}, rslora=False, train="factors")
+CONFIG = SimpleNamespace(alpha=6.0, alpha_pattern={}, rslora=False, train="factors", feedforward=("down",))
 
 
 def weights() -> tuple[Tensor, Tensor, Tensor]:
@@ -77,6 +77,7 @@ def test_ia3_gates_the_bias_and_its_input_form_does_not() -> None:
     got = references.ia3(W, b, {"lora_l": l_out}, CONFIG, x, 1.0)
     assert_close(got, (x @ W.T + b) * (1 + l_out))
     assert_close(references.ia3_ff(W, b, {"lora_l": l_in}, CONFIG, x, 1.0), x @ (W * (1 + l_in)).T + b)
+    assert_close(references.ia3(W, b, {"lora_l": l_in}, CONFIG, x, 1.0, "layers.0.down"), x @ (W * (1 + l_in)).T + b)
     assert_differs(references.ia3(W, b, {"lora_l": l_out}, CONFIG, x, 1.0, wrong_bias=True), got)
 
 

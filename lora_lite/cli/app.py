@@ -129,7 +129,7 @@ def convert(
         str | None,
         typer.Option(help="Folder or hub id of the base, where it is needed: for PEFT folders, DoRA, HRA, ...", show_default=False),
     ] = None,
-    part: Annotated[str | None, typer.Option(help='Of an IA3 folder: "ia3" or "ia3_ff".', show_default=False)] = None,
+    part: Annotated[str | None, typer.Option(help='Only this of an IA3 folder: "ia3" or "ia3_ff".', show_default=False)] = None,
     force: Force = False,
     as_json: JSON = False,
 ) -> None:

@@ -23,6 +23,7 @@ def named_layers(model: nn.Module, config: Config) -> list[str]:
     check_where(config)
     linears = [n for n, m in model.named_modules() if n and is_linear(m)]
     try:
+        re.compile(inputs if isinstance(inputs := config.get("feedforward_modules"), str) else "")  # IA3's, read later
         every = set(all_linear(model, config, linears)) if is_all(config) else None
         return [n for n in linears if meant(config, strip_prefixes(n), every is None or n in every)]
     except (re.error, RecursionError, OverflowError) as error:

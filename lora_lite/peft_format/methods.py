@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from lora_lite.checkpoint import strip_prefixes
 from lora_lite.peft_format import numbers
 from lora_lite.peft_format.matching import ends
 from lora_lite.peft_format.numbers import At, Convert, Fields, Found, scaled
@@ -47,13 +51,14 @@ class Method:
     says      what else is written; fan_in_fan_out becomes True over layers that store W as (d_in, d_out)
     fixed     fields of ours that PEFT knows with one value only
     alike     fields of ours that PEFT has one value of for all layers
-    layers    which of the config's layers it has (PEFT's IA3 is two of our variants)
+    layers    which of the config's layers are its part (PEFT's IA3 is two of our variants)
+    holds_all  whether it can hold the others' parts too
     read      PEFT's tensors, under our names, -> ours;    write  the other way
     turn      (ours, at, c) -> tensors that do at c = 1 what ours do at c; None where the method cannot say a c
     writes    whether ours are written as this method
     refuses   why a config of this kind cannot be read, or None
     inert     what its config may hold beside its options
-    settle    (our config, the folder's tensors) -> our config, with what only the tensors tell
+    settle    (our config, the folder's own and its tensors) -> our config, with what only the layers tell
     unsaid    why a config of ours has no words here, or None
     fill      PEFT's tensors -> the same with what the file may leave out, before their shapes are checked
     """
@@ -69,6 +74,7 @@ class Method:
     fixed: Config = field(default_factory=dict)
     alike: tuple[str, ...] = ()
     layers: Callable[[Config, str], bool] = everywhere
+    holds_all: bool = False
     read: Convert = numbers.same
     write: Convert = numbers.same
     turn: Callable[[Fields, At, float], Fields] | None = None
@@ -130,6 +136,18 @@ def feeds_forward(config: Mapping[str, Any], name: str) -> bool:
     """PEFT's rule, which wants no dot in front of the ending."""
     modules = config.get("feedforward_modules") or ()
     return ends(modules, name) if isinstance(modules, str) else any(name.endswith(end) for end in modules)
+
+
+def gating_inputs(config: Any, found: Found) -> Any:
+    """IA3's `feedforward` in PEFT's own words where they tell the same of these layers apart, else with their names in full."""
+    layers, modules = list(found.own), found.config.get("feedforward_modules") or ()
+    inputs = [name for name in layers if feeds_forward(found.config, strip_prefixes(name))]
+    short = [rf"^(?:{modules})$"] if isinstance(modules, str) else [rf"{re.escape(end)}$" for end in modules]
+    with suppress(re.error):  # "(?i)" may stand at the start of a regex only
+        known = dataclasses.replace(config, feedforward=[p for p in short if any(re.search(p, name) for name in layers)])
+        if [name for name in layers if known.gates_input(name)] == inputs:
+            return known
+    return dataclasses.replace(config, feedforward=[rf"^{re.escape(name)}$" for name in inputs])
 
 
 def no_alpha(config: Config) -> str | None:
@@ -201,11 +219,11 @@ METHODS: tuple[Method, ...] = (
     ),
     Method(
         peft_type="IA3", variant="ia3", keys={"lora_l": "ia3_l"}, layers=lambda config, name: not feeds_forward(config, name),
-        says=IA3_SAYS, read=numbers.gate_read(True), write=numbers.gate_write(True), turn=scaled("lora_l"),
+        says=IA3_SAYS, read=numbers.gate_read, write=numbers.gate_write, turn=scaled("lora_l"), holds_all=True, settle=gating_inputs,
     ),
     Method(
         peft_type="IA3", variant="ia3_ff", keys={"lora_l": "ia3_l"}, layers=feeds_forward,
-        says=IA3_SAYS, read=numbers.gate_read(False), write=numbers.gate_write(False), turn=scaled("lora_l"),
+        says=IA3_SAYS, read=numbers.gate_read, write=numbers.gate_write, turn=scaled("lora_l"),
     ),
     Method(peft_type="HRA", variant="hra_gs", keys={"lora_u": "hra_u"}, options=(R,), when={"apply_GS": True}, alike=("r",)),
     Method(peft_type="HRA", variant="hra", keys={"lora_u": "hra_u"}, options=(R,), alike=("r",)),

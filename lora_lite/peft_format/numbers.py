@@ -117,8 +117,9 @@ def adalora_write(p: Fields, at: At) -> Fields:
 
 
 class Found(NamedTuple):
-    """What a folder's tensors tell beside its config: those of all layers, each layer's own, and the sizes (d_in, d_out) of the layers."""
+    """A folder's config, as PEFT has it, and its tensors: those of all layers, each layer's own, with the layers' sizes (d_in, d_out)."""
 
+    config: Mapping[str, Any]
     shared: Fields
     own: Mapping[str, Fields]
     sizes: Mapping[str, tuple[int, int]]
@@ -156,16 +157,18 @@ def oft_blocks(config: Any, found: Found) -> Any:
     return fitting
 
 
-def gate_read(column: bool) -> Convert:
-    def read(p: Fields, at: At) -> Fields:
-        gate = p["lora_l"]
-        return {"lora_l": gate.squeeze(1 if column else 0) - 1} if gate.dim() == 2 else p
-
-    return read
+def gate_axis(at: At) -> int:
+    """PEFT's gate of outputs is a column, its gate of inputs a row."""
+    return 0 if at.cfg.feedforward else 1
 
 
-def gate_write(column: bool) -> Convert:
-    return lambda p, at: {"lora_l": (p["lora_l"] + 1)[:, None] if column else (p["lora_l"] + 1)[None]}
+def gate_read(p: Fields, at: At) -> Fields:
+    gate = p["lora_l"]
+    return {"lora_l": gate.squeeze(gate_axis(at)) - 1} if gate.dim() == 2 else p
+
+
+def gate_write(p: Fields, at: At) -> Fields:
+    return {"lora_l": (p["lora_l"] + 1).unsqueeze(gate_axis(at))}
 
 
 def oft_signed(p: Fields, at: At) -> Fields:

@@ -39,7 +39,7 @@ def from_peft(
     """Attach the adapter in a PEFT folder. `adapter = ll.from_peft(model, "folder")`. Nothing is fetched from a hub.
 
     strict_base  whether a base other than the one it was trained on is an error; only folders that `to_peft` wrote say which
-    part         of an IA3 folder with both kinds of gates, "ia3" (outputs) or "ia3_ff" (inputs): two adapters, two names
+    part         of an IA3 folder with both kinds of gates only the "ia3" (outputs) or the "ia3_ff" (inputs); all by default
 
     `modules_to_save` come as `train_also` does. Tensors of 16 bits become float32, as in PEFT. All or nothing: on any error
     the model is as it was. Raises CheckpointError (a ValueError) for what is damaged, does not fit or cannot be said here.
@@ -80,7 +80,7 @@ def converted(model: nn.Module, found: Folder, part: str | None) -> tuple[Conten
     sorted_keys = assign(found, candidates, layers, model)
     check_layers(found, sorted_keys.tensors, named)
     method, here = chosen(found, candidates, named, part)
-    told = Found(sorted_keys.shared, {t: sorted_keys.tensors[t] for t in here}, {t: sizes(layers[t]) for t in here})
+    told = Found(found.config, sorted_keys.shared, {t: sorted_keys.tensors[t] for t in here}, {t: sizes(layers[t]) for t in here})
     config = settled(method, config_of(method, found), found, told)
     ats = {t: At(own_config(found, config, t, sizes(layers[t])), *sizes(layers[t]), layers[t], t) for t in here}
     theirs = {t: {**method.fill(sorted_keys.tensors[t], ats[t]), **sorted_keys.shared} for t in here}
@@ -144,14 +144,13 @@ def known_methods(found: Folder) -> list[Method]:
 
 
 def chosen(found: Folder, candidates: Sequence[Method], named: Sequence[str], part: str | None) -> tuple[Method, list[str]]:
-    """The one method to load and its layers."""
+    """The one method to load and its layers: the part asked for, or all of them."""
     shares = {m.variant: (m, [n for n in named if m.layers(found.config, strip_prefixes(n))]) for m in candidates}
     shares = {variant: share for variant, share in shares.items() if share[1]}
     if part is not None and part not in shares:
         raise CheckpointError(f"{found.source} has no part {part!r}; it has {sorted(shares)}")
     if part is None and len(shares) > 1:
-        counts = " and ".join(f"part={variant!r} ({len(names)} layers)" for variant, (_, names) in shares.items())
-        raise CheckpointError(f"{found.source} is two adapters here; load each under a name of its own: {counts}")
+        return next(m for m, _ in shares.values() if m.holds_all), list(named)
     return shares[part] if part else next(iter(shares.values()))
 
 

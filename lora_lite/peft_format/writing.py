@@ -61,7 +61,9 @@ def to_peft(
     if r is not None and not as_lora and not all(reasons.values()):
         raise ValueError(f"r={r} is the rank of a plain LoRA: say as_lora=True; as the method itself an adapter keeps its own")
     written = {a: plain(a, dose, approximate, r, why) if as_lora or why else native(a, dose) for a, why in reasons.items()}
-    write_folder(folder, functools.reduce(joined, [whole(a, w) for a, w in written.items()]))
+    content = functools.reduce(joined, [whole(a, w) for a, w in written.items()])
+    check_endings(content.config)
+    write_folder(folder, content)
     for a, w in written.items():
         if (why := reasons[a]) and not as_lora:
             logger.info("{!r} is written as a plain LoRA: {}", a.name, why)
@@ -103,6 +105,13 @@ def joined(one: Folder, other: Folder) -> Folder:
     return Folder(config, one.tensors | other.tensors, {**other.metadata, **one.metadata}, fingerprint)
 
 
+def check_endings(config: Mapping[str, Any]) -> None:
+    """PEFT takes a layer for feed-forward by the end of its name, without a dot in front: "proj" takes "k_proj" too."""
+    inputs = config.get("feedforward_modules") or []
+    if taken := [t for t in config["target_modules"] if t not in inputs and t.endswith(tuple(inputs))]:
+        raise ValueError(f"PEFT would gate the inputs of {listed(taken)} too, whose names end as one of {listed(inputs)} does")
+
+
 def checked(c: Any) -> float:
     """Raises TypeError or ValueError for what is no finite number."""
     if isinstance(c, Tensor) and c.numel() != 1:
@@ -124,7 +133,7 @@ def native(adapter: Adapter, c: float) -> Written:
     own = adapter.config.renamed({t: strip_prefixes(t) for t in ats})
     config = {o.theirs: o.write(getattr(own, o.ours)) for o in method.options}
     if method.peft_type == "IA3":
-        config["feedforward_modules"] = [strip_prefixes(t) for t in ats] if method.variant == "ia3_ff" else []
+        config["feedforward_modules"] = [strip_prefixes(t) for t, at in ats.items() if at.cfg.feedforward]
     return Written(tensors, {"peft_type": method.peft_type, **method.says, **method.when, **config}, dict.fromkeys(ats, 0.0))
 
 
