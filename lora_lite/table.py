@@ -36,7 +36,11 @@ PEFT = {
 
 def in_peft(v: type[Variant]) -> str:
     """What a folder that `to_peft` writes calls the method."""
-    return PEFT.get(v.name, "as a plain LORA" if v.form == "low-rank" else "no")
+    return PEFT.get(v.name, "as a plain LORA" if one_lora(v) else "no")
+
+
+def one_lora(v: type[Variant]) -> bool:
+    return v.form == "low-rank" or v.exact_low_rank != "no"
 
 
 # A question and how a variant's declarations answer it; tests/test_tables.py tries every yes and every no of every variant.
@@ -45,9 +49,7 @@ MATRIX: Mapping[str, Callable[[type[Variant]], Answer]] = {
     "linear in c": lambda v: Answer(v.linear_in_c, v.why_not.get("linear_in_c", "")),
     "merge": lambda v: Answer(True),
     "history": lambda v: Answer(True),
-    "exact as one LoRA": lambda v: Answer(
-        v.form == "low-rank" or v.exact_low_rank != "no", f"{v.name} is no low-rank sum; only a truncated SVD of its effect is one"
-    ),
+    "exact as one LoRA": lambda v: Answer(one_lora(v), f"{v.name} is no low-rank sum; only a truncated SVD of its effect is one"),
     "quantised base": lambda v: Answer(v.reads_weight == "never", f"{v.name} reads the dense weight {reads(v)}"),
     "PEFT folder": lambda v: Answer(
         in_peft(v) != "no", f"PEFT has no {v.name}, and it is no low-rank sum; as_lora=True writes the nearest"

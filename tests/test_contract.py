@@ -125,7 +125,7 @@ def test_a_step_changes_state_that_the_file_keeps_and_the_penalty_has_gradients(
     adapter.save(tmp_path / "toy.safetensors")
     assert all(fields["lora_steps"].item() == 3 for fields in ll.load(llama(), tmp_path / "toy.safetensors").tensors().values())
     with pytest.raises(ValueError, match="from 1"):
-        adapter.on_step(0)
+        adapter.on_step(-1)
 
 
 def test_methods_without_a_schedule_take_both_calls_and_do_nothing() -> None:
