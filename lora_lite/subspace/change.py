@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lite.subspace.apart import Apart, as_parts, held_like, rounding
+from lora_lite.subspace.apart import Apart, as_parts
 from lora_lite.subspace.bases import joined
 from lora_lite.subspace.block import Block
 from lora_lite.subspace.build import build_layer, by_policy, config_of, data, precise
@@ -112,9 +112,7 @@ def absorbed(state: State, layer: Layer, task: str, update: Update) -> Layer:
 
 
 def appended(layer: Apart, task: str, update: Update) -> Layer:
-    parts = as_parts(update)
-    off = rounding([update.rank], [update.scale], parts, held_like(parts, layer.parts))
-    return layer.joined("factors", task, update.rank, update.scale, parts, float(Block([update]).energy), float(off))
+    return layer.joined("factors", task, update.rank, update.scale, as_parts(update), float(Block([update]).energy), 0.0)
 
 
 def grown(layer: Layer, kind: Kind, new: Block) -> tuple[tuple[Grown, Grown], Coded]:
@@ -249,7 +247,7 @@ def quantised_layer(kind: Kind, layer: Layer, bits: int) -> Layer:
             return layer
         return layer.with_parts(tuple(Packed.of(dense(p), bits, BASIS_GROUP[bits]) for p in layer.parts))
     b, a = quantised_frame(layer.b, bits), quantised_frame(layer.a, bits)
-    parts = layer.all_parts() if kind == "diag" else mapped(kind, layer.all_parts(), refit(layer.b, b), refit(layer.a, a))
+    parts = layer.all_parts() if kind == "diag" else mapped(kind, layer.meant(kind), refit(layer.b, b), refit(layer.a, a))
     new = dataclasses.replace(layer, b=b, a=a, parts=tuple(Packed.of(p, bits, COEFFICIENT_GROUP[bits]) for p in parts))
     return rounded(kind, layer, new)
 
@@ -265,7 +263,7 @@ def distances(kind: Kind, old: Layer, new: Layer) -> Tensor:
     if kind == "flat":
         return sum((flat_rows(o, p) - flat_rows(f, q)).square().sum(1) for o, p, f, q in zip(
             (old.b, old.a), old.all_parts(), (new.b, new.a), new.all_parts(), strict=True))  # type: ignore[return-value]  # fmt: skip
-    C, D = as_cores(kind, old.all_parts(), old.ranks), as_cores(kind, new.all_parts(), new.ranks)
+    C, D = as_cores(kind, old.meant(kind), old.ranks), as_cores(kind, new.meant(kind), new.ranks)
     kb, ka = C.shape[1:]
     across = [(wide(o.components) @ wide(n.components).T)[:k, :k] for o, n, k in ((old.b, new.b, kb), (old.a, new.a, ka))]
     own = [(frame.metric[:k, :k]) for frame, k in ((old.b, kb), (old.a, ka), (new.b, kb), (new.a, ka))]
@@ -318,4 +316,4 @@ def dequantised(kind: Kind, layer: Layer) -> Layer:
         return dataclasses.replace(layer, b=plain[0], a=plain[1], parts=layer.all_parts())
     (Ub, Tb), (Ua, Ta) = (upright(f.basis().double()) for f in (layer.b, layer.a))
     b, a = (Frame(U.float(), f.centre(), f.energy) for U, f in ((Ub, layer.b), (Ua, layer.a)))
-    return dataclasses.replace(layer, b=b, a=a, parts=tuple(p.float() for p in mapped(kind, layer.all_parts(), Tb, Ta)))
+    return dataclasses.replace(layer, b=b, a=a, parts=tuple(p.float() for p in mapped(kind, layer.meant(kind), Tb, Ta)))

@@ -156,7 +156,7 @@ def replaced(state: State, layer: Layer, place: Place, parts: Parts, task_id: st
     parts = padded(kind, parts, kb, ka)
     rank = {"core": min(kb, ka), "diag": min(kb, ka), "factors": parts[0].shape[0], "flat": place.rank}[kind]
     size = kept_size(kind, layer, parts, rank, place.scale)
-    return layer.joined(kind, task_id, rank, place.scale, tuple(p.to(layer.b.basis().dtype) for p in parts), size, 0.0)
+    return layer.joined(kind, task_id, rank, place.scale, tuple(p.detach() for p in parts), size, 0.0)
 
 
 def energy(frame: Frame, k: int) -> Tensor:
