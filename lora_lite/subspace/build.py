@@ -105,7 +105,8 @@ def side(kind: Kind, policy: Policy, X: Tensor, dtype: torch.dtype) -> Frame:
     U, energy = leading(X, by_policy(kind, policy), policy.num_components)
     if mean is not None and dtype is not X.dtype:
         X += mean - mean.to(dtype)
-    return Frame(U.to(dtype), None if mean is None else mean.to(dtype), energy.float())
+    rest = 0.0 if mean is None else max(0.0, float(torch.linalg.vector_norm(X)) ** 2 - float(energy.sum()))
+    return Frame(U.to(dtype), None if mean is None else mean.to(dtype), energy.float(), rest)
 
 
 def shared_modules(sources: Sequence[Source], missing: Missing) -> list[str]:

@@ -27,12 +27,13 @@ BASIS_GROUP, COEFFICIENT_GROUP = {8: 128, 4: 64}, {8: 64, 4: 32}
 
 class Grown(NamedTuple):
     """One side with room for one more task: rows (k + q, d) that are T C with C orthonormal, the mean, the scatter of all tasks in
-    C's coordinates, and how old ones turn into the first k of them (k, k) and shift (k + q,). In float64."""
+    C's coordinates and all there ever was of it, and how old ones turn into the first k of them (k, k) and shift (k + q,). In float64."""
 
     rows: Tensor
     T: Tensor
     mean: Tensor | None
     scatter: Tensor
+    total: float
     turn: Tensor
     shift: Tensor | None
 
@@ -119,14 +120,14 @@ def grown(layer: Layer, kind: Kind, new: Block) -> tuple[tuple[Grown, Grown], Co
     """Both sides with the update's directions added, and the update in their coordinates."""
     rows = [torch.empty(f.k + new.r, f.d, dtype=torch.float64, device=new.scale.device) for f in (layer.b, layer.a)]
     new.weigh(*(W[-new.r :] for W in rows))
-    found, coordinates = [], []
+    found, coordinates, total = [], [], float(layer.energy.double().sum() + new.energy)
     for W, frame, factor, other in zip(rows, (layer.b, layer.a), (new.B[0], new.A[0].T), new.grams[::-1], strict=True):
         W[: frame.k] = frame.basis()
         W, T = extended(W, frame.k, noise_of(frame))
         own = torch.linalg.solve_triangular(T, W @ factor.double(), upper=False)
         turn = T[: frame.k, : frame.k]
         scatter = turned_energy(frame, turn, len(W)) + new.scale.square() * (own @ other[0] @ own.T)
-        found.append(Grown(W, T, None, scatter, turn, None))
+        found.append(Grown(W, T, None, scatter, total, turn, None))
         coordinates.append(own)
     left, right = coordinates
     core = left @ right.T
@@ -154,7 +155,8 @@ def grow_centred(frame: Frame, x: Tensor, n: int) -> tuple[Grown, Tensor, Tensor
     scatter = turned_energy(frame, turn, len(W)) + torch.outer(z, z) * (n / (n + 1))
     own = z * (n / (n + 1))
     off = (step.square().sum() * (n / (n + 1)) ** 2 - own.square().sum()).clamp(min=0)
-    return Grown(W, T, mean.double() + step / (n + 1), scatter, turn, -z / (n + 1)), own, off
+    total = float(frame.energy.double().sum() + step.square().sum() * (n / (n + 1))) + frame.rest
+    return Grown(W, T, mean.double() + step / (n + 1), scatter, total, turn, -z / (n + 1)), own, off
 
 
 def noise_of(frame: Frame) -> float:
@@ -171,7 +173,7 @@ def widened(frame: Frame, width: int) -> Frame:
     more = max(0, width - frame.d)
     mean = frame.centre()
     assert mean is not None
-    return frame if not more else Frame(F.pad(frame.basis(), (0, more)), F.pad(mean, (0, more)), frame.energy)
+    return frame if not more else dataclasses.replace(frame, components=F.pad(frame.basis(), (0, more)), mean=F.pad(mean, (0, more)))
 
 
 def carry(kind: Kind, parts: Parts, b: Grown, a: Grown) -> Parts:
@@ -186,9 +188,7 @@ def truncated(state: State, layer: Layer, whole: Layer, sides: tuple[Grown, Grow
     """Onto the leading directions of all tasks together; what each task loses is added to its bound."""
     kind, dtype, old = state.kind, layer.b.basis().dtype, layer.all_parts()
     choices = [as_many(f) if state.policy.budget_bytes is not None else by_policy(kind, state.policy) for f in (layer.b, layer.a)]
-    (Rb, energy_b), (Ra, energy_a) = (
-        strongest(g.scatter, choose, explained_of(kind, whole)) for g, choose in zip(sides, choices, strict=True)
-    )
+    (Rb, energy_b), (Ra, energy_a) = (strongest(g, choose) for g, choose in zip(sides, choices, strict=True))
     carried = carry(kind, old, *sides)
     before = torch.cat([layer.measure(kind, carried), sizes(kind, own.parts, whole.ranks[-1:], whole.weights()[-1:])])
     turned = (mapped(kind, p, Rb[: p[0].shape[1]], Ra[: p[-1].shape[-1]]) for p in (carried, own.parts))
@@ -199,6 +199,7 @@ def truncated(state: State, layer: Layer, whole: Layer, sides: tuple[Grown, Grow
             (torch.linalg.solve_triangular(g.T, R.T, upper=False, left=False) @ g.rows).to(dtype),
             None if g.mean is None else g.mean.to(dtype),
             energy.float(),
+            0.0 if g.mean is None else max(0.0, g.total - float(energy.sum())),
         )
         for g, R, energy in ((sides[0], Rb, energy_b), (sides[1], Ra, energy_a))
     )
@@ -212,16 +213,12 @@ def as_many(frame: Frame) -> Choose:
     return lambda spectrum, total: min(max(1, frame.k), len(spectrum))
 
 
-def explained_of(kind: Kind, layer: Layer) -> float | None:
-    """What a threshold is a share of: all that was ever given, not only what is still there."""
-    return float(layer.energy.double().sum()) if kind != "flat" else None
-
-
-def strongest(scatter: Tensor, choose: Choose, total: float | None) -> tuple[Tensor, Tensor]:
-    """(R (k + q, k'), energies (k',)): the rotation onto the strongest directions."""
-    values, vectors = torch.linalg.eigh(scatter)
+def strongest(grown: Grown, choose: Choose) -> tuple[Tensor, Tensor]:
+    """(R (k + q, k'), energies (k',)): the rotation onto the strongest directions. A threshold is a share of all that was ever given,
+    not only of what is still there: each absorb would let go of as much again."""
+    values, vectors = torch.linalg.eigh(grown.scatter)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    k = choose(values, float(values.sum()) if total is None else total)
+    k = choose(values, grown.total)
     return vectors[:, :k], values[:k]
 
 
@@ -279,7 +276,7 @@ def flat_rows(frame: Frame, loadings: Tensor) -> Tensor:
 
 def quantised_frame(frame: Frame, bits: int) -> Frame:
     mean = None if frame.mean is None else Packed.of(dense(frame.mean)[None], bits, BASIS_GROUP[bits])
-    return Frame(Packed.of(frame.basis(), bits, BASIS_GROUP[bits]), mean, frame.energy)
+    return dataclasses.replace(frame, components=Packed.of(frame.basis(), bits, BASIS_GROUP[bits]), mean=mean)
 
 
 def refit(old: Frame, new: Frame) -> Tensor:
@@ -294,7 +291,8 @@ def moved(state: State, device: torch.device | None, dtype: torch.dtype | None) 
     put: Callable[[Stored], Stored] = lambda x: x.to(device or x.device) if isinstance(x, Packed) else x.to(device=device, dtype=dtype)  # noqa: E731
 
     def frame(f: Frame) -> Frame:
-        return Frame(put(f.components), None if f.mean is None else put(f.mean), f.energy.to(device=device))
+        mean = None if f.mean is None else put(f.mean)
+        return dataclasses.replace(f, components=put(f.components), mean=mean, energy=f.energy.to(device=device))
 
     def layer(x: Layer) -> Layer:
         parts = tuple(put(p) for p in x.parts)
@@ -312,8 +310,8 @@ def dequantised(kind: Kind, layer: Layer) -> Layer:
     if isinstance(layer, Apart):
         return dataclasses.replace(layer, parts=layer.all_parts())
     if kind == "diag":
-        plain = [Frame(f.basis(), f.centre(), f.energy) for f in (layer.b, layer.a)]
+        plain = [dataclasses.replace(f, components=f.basis(), mean=f.centre()) for f in (layer.b, layer.a)]
         return dataclasses.replace(layer, b=plain[0], a=plain[1], parts=layer.all_parts())
     (Ub, Tb), (Ua, Ta) = (upright(f.basis().double()) for f in (layer.b, layer.a))
-    b, a = (Frame(U.float(), f.centre(), f.energy) for U, f in ((Ub, layer.b), (Ua, layer.a)))
+    b, a = (dataclasses.replace(f, components=U.float(), mean=f.centre()) for U, f in ((Ub, layer.b), (Ua, layer.a)))
     return dataclasses.replace(layer, b=b, a=a, parts=tuple(p.float() for p in mapped(kind, layer.meant(kind), Tb, Ta)))

@@ -96,7 +96,8 @@ def described(state: State) -> dict[str, Any]:
     layers = []
     for name, x in state.layers.items():
         which = lists.setdefault((x.tasks, x.ranks, x.scales), len(lists))
-        layers.append({"name": name, "d_in": x.d_in, "d_out": x.d_out, "having": which, "shapes": shapes(x), "apart": isinstance(x, Apart)})
+        sizes = {"d_in": x.d_in, "d_out": x.d_out, "rest": [x.b.rest, x.a.rest]}
+        layers.append({"name": name, **sizes, "having": which, "shapes": shapes(x), "apart": isinstance(x, Apart)})
     policy = {k: getattr(state.policy, k) for k in ("variance_threshold", "num_components", "budget_bytes")}
     return {
         "space": state.space, "kind": state.kind, "missing": state.missing, "bits": state.bits, "policy": policy, "base": state.base,
@@ -187,7 +188,8 @@ def layer_from(i: int, x: dict[str, Any], having: Having, kind: Kind, flat: dict
     components = [take(f"{side}.components") for side in "ba"]
     means = [take(f"{side}.mean") if kind == "flat" else None for side in "ba"]
     parts = tuple(take(f"parts.{j}") for j in range(2 if x["apart"] else PARTS[kind]))
-    b, a = (Frame(c, m, flat.pop(f"{i}.{side}.energy")) for side, c, m in zip("ba", components, means, strict=True))
+    rests = [max(0.0, float(rest)) for rest in x.get("rest", (0.0, 0.0))]
+    b, a = (Frame(c, m, flat.pop(f"{i}.{side}.energy"), rest) for side, c, m, rest in zip("ba", components, means, rests, strict=True))
     kinds = Apart if x["apart"] else Layer
     layer = kinds(x["d_in"], x["d_out"], b, a, *having, parts, flat.pop(f"{i}.energy"), flat.pop(f"{i}.lost"))
     check_layer(kind, layer)

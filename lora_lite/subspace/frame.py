@@ -34,11 +34,13 @@ class Frame:
     components  (k, d), orthonormal rows unless quantised; quantised ones are used as they are, coefficients fitted to them
     mean        (d,), what the loadings are measured from; None in the uncentred space "feature"
     energy      (k,), squared singular values: how much of all updates lies along each direction, strongest first
+    rest        how much lies along none of them; of space "flat" only, where a layer's sizes do not tell it
     """
 
     components: Stored
     mean: Stored | None
     energy: Float[Tensor, " k"]
+    rest: float = 0.0
 
     @property
     def k(self) -> int:
@@ -68,12 +70,13 @@ class Frame:
         return U @ U.T
 
     def cut(self, k: int) -> Frame:
-        return replace(self, components=self.basis()[:k].clone(), energy=self.energy[:k].clone())
+        rest = self.rest + float(self.energy[k:].sum()) if self.mean is not None else 0.0
+        return replace(self, components=self.basis()[:k].clone(), energy=self.energy[:k].clone(), rest=rest)
 
     def padded(self, new: Float[Tensor, "q d"]) -> Frame:
         """With further directions that no task has used yet."""
         components = torch.cat([self.basis(), new.to(self.basis())])
-        return Frame(components, self.mean, F.pad(self.energy, (0, len(new))))
+        return replace(self, components=components, energy=F.pad(self.energy, (0, len(new))))
 
 
 def columns(X: Float[Tensor, "n d"], dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor]]:

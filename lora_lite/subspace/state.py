@@ -93,6 +93,7 @@ class Layer:
         lost does not: the squares add up.
         """
         b, a = self.shared_with(kind, parts, 1.0, scale)
+        b, a = (dataclasses.replace(f, rest=f.rest + max(lost, 0.0) / 2) if kind == "flat" else f for f in (b, a))  # of two sides
         grown = dataclasses.replace(
             self,
             b=b,
@@ -135,6 +136,7 @@ class Layer:
         rest = torch.tensor([j for j in range(count) if not where.start <= j < where.stop], dtype=torch.long)
         keep = [j for j in range(len(self.tasks)) if j != i]
         b, a = self.shared_with(kind, self.own(kind, task), -1.0, self.scales[i])
+        b, a = (dataclasses.replace(f, rest=f.rest * len(keep) / len(self.tasks)) for f in (b, a))  # whose it was is not known
         return dataclasses.replace(
             self,
             b=b,
