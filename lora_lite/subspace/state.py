@@ -14,7 +14,8 @@ from torch import Tensor
 from lora_lite.lowrank import LowRank
 from lora_lite.subspace.coefficients import Kind, Parts, as_cores, compact, of_rank, rows, squares
 from lora_lite.subspace.frame import Frame
-from lora_lite.subspace.packed import Packed, Stored, append, dense, take
+from lora_lite.subspace.packed import Packed, Sized, Stored, append, dense, sizes_of, take, with_size
+from lora_lite.subspace.reserve import Reserve
 from lora_lite.variants.lora import LoRAConfig
 
 Missing = Literal["error", "zero", "common"]
@@ -35,6 +36,7 @@ class Layer:
 
     energy (n,)  each task's squared size as it was given: of its update at c = 1; in space "flat" of its factors
     lost (n,)    a bound on each task's squared error: the error at entry, and after each truncation (sqrt(lost) + d)^2, d its size
+    reserve      further directions, for the next absorb alone
     """
 
     d_in: int
@@ -45,8 +47,9 @@ class Layer:
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
     parts: tuple[Stored, ...]
-    energy: Tensor
-    lost: Tensor
+    energy: Sized
+    lost: Sized
+    reserve: Reserve | None = None
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -102,10 +105,11 @@ class Layer:
             ranks=(*self.ranks, rank),
             scales=(*self.scales, scale),
             parts=tuple(append(old, new) for old, new in zip(self.parts, parts, strict=True)),
-            energy=torch.cat([self.energy, self.energy.new_tensor([energy])]),
+            energy=with_size(self.energy, energy),
         )
         lost = max(lost, 0.0) + self.between(kind, scale, parts, grown.own(kind, task))
-        return dataclasses.replace(grown, lost=torch.cat([self.lost, self.lost.new_tensor([lost])]))
+        reserve = None if self.reserve is None else self.reserve.joined(len(parts[0]), lost)
+        return dataclasses.replace(grown, lost=with_size(self.lost, lost), reserve=reserve)
 
     def between(self, kind: Kind, scale: float, one: Parts, other: Parts) -> float:
         """|difference|^2 of what two sets of one task's coefficients stand for on these bases (in "flat": of the factors)."""
@@ -145,16 +149,26 @@ class Layer:
             ranks=tuple(self.ranks[j] for j in keep),
             scales=tuple(self.scales[j] for j in keep),
             parts=tuple(take(p, rest) for p in self.parts),
-            energy=self.energy[keep],
-            lost=self.lost[keep],
+            energy=sizes_of(self.energy, torch.tensor(keep, dtype=torch.long)),
+            lost=sizes_of(self.lost, torch.tensor(keep, dtype=torch.long)),
+            reserve=None if self.reserve is None else self.reserve.without(keep, rest),
         )
 
-    def stored(self) -> list[Stored]:
+    def whole(self, kind: Kind) -> Layer:
+        """With the reserve's directions among its own."""
+        if self.reserve is None:
+            return self
+        b, a = self.reserve.frames(self.b, self.a)
+        parts = self.reserve.whole(kind, self.all_parts())
+        return dataclasses.replace(self, b=b, a=a, parts=parts, lost=self.reserve.lost, reserve=None)
+
+    def stored(self) -> list[Stored | Sized]:
         """Everything that takes room, for counting bytes."""
-        return [*self.numbers(), self.b.energy, self.a.energy, self.energy, self.lost]
+        more = [] if self.reserve is None else self.reserve.tensors()
+        return [*self.numbers(), self.b.energy, self.a.energy, self.energy, self.lost, *more]
 
     def numbers(self) -> list[Stored]:
-        """Bases, means and coefficients."""
+        """Bases, means and coefficients, of which tasks are made."""
         means = [f.mean for f in (self.b, self.a) if f.mean is not None]
         return [self.b.components, self.a.components, *means, *self.parts]
 
