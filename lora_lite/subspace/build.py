@@ -17,7 +17,7 @@ from lora_lite.subspace.bases import joined
 from lora_lite.subspace.block import Block, blocks
 from lora_lite.subspace.coefficients import Kind, both, encode, encode_rows
 from lora_lite.subspace.forms import split
-from lora_lite.subspace.frame import Choose, Frame, leading
+from lora_lite.subspace.frame import Choose, Frame, leading, none
 from lora_lite.subspace.packed import wide
 from lora_lite.subspace.reserve import beyond
 from lora_lite.subspace.source import Source, Update, check_finite, lora_config, same_sizes
@@ -77,17 +77,6 @@ def reserves(kind: Kind, policy: Policy) -> bool:
     return kind != "diag" and policy.budget_bytes is None
 
 
-def with_more(kind: Kind, policy: Policy) -> Choose:
-    """So many, and those to hold in reserve."""
-    choose = by_policy(kind, policy)
-
-    def more(spectrum: Tensor, total: float) -> int:
-        k = choose(spectrum, total)
-        return min(k + beyond(k), len(spectrum))
-
-    return more if reserves(kind, policy) else choose
-
-
 def build_layer(kind: Kind, policy: Policy, tasks: Sequence[str], stacks: Sequence[Block], rows: Rows, dtype: torch.dtype) -> Layer:
     """Overwrites the rows of `data`."""
     d_in, d_out = stacks[0].sizes
@@ -125,8 +114,8 @@ def side(kind: Kind, policy: Policy, X: Tensor, dtype: torch.dtype) -> Frame:
     mean = X.mean(0) if kind == "flat" else None
     if mean is not None:
         X -= mean
-    k = policy.num_components
-    U, energy = leading(X, with_more(kind, policy), k and k + beyond(k))
+    more = beyond if reserves(kind, policy) else none
+    U, energy = leading(X, by_policy(kind, policy), policy.num_components, more)
     if mean is not None and dtype is not X.dtype:
         X += mean - mean.to(dtype)
     rest = 0.0 if mean is None else max(0.0, float(torch.linalg.vector_norm(X)) ** 2 - float(energy.sum()))

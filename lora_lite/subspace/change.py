@@ -16,7 +16,7 @@ from lora_lite.subspace.block import Block
 from lora_lite.subspace.build import build_layer, by_policy, config_of, data, precise, reserves
 from lora_lite.subspace.coefficients import Coded, Kind, Parts, flat_a, flat_b, mapped
 from lora_lite.subspace.forms import further, rounded, split
-from lora_lite.subspace.frame import NOISE, Choose, Frame, extended, upright
+from lora_lite.subspace.frame import NOISE, Choose, Frame, More, extended, none, upright
 from lora_lite.subspace.packed import Packed, Sizes, Stored, dense, wide
 from lora_lite.subspace.reserve import beyond
 from lora_lite.subspace.source import Source, Update, check_finite, same_sizes
@@ -191,13 +191,14 @@ def truncated(state: State, layer: Layer, whole: Layer, sides: tuple[Grown, Grow
     """Onto the leading directions of all tasks together; what each task loses is added to its bound."""
     kind, policy, dtype, old = state.kind, state.policy, layer.b.basis().dtype, layer.all_parts()
     choices = [as_many(f) if policy.budget_bytes is not None else by_policy(kind, policy) for f in (layer.b, layer.a)]
-    more = beyond if reserves(kind, policy) else lambda k: 0
+    more = beyond if reserves(kind, policy) else none
     (Rb, energy_b, kb), (Ra, energy_a, ka) = (strongest(g, choose, more) for g, choose in zip(sides, choices, strict=True))
     carried = carry(kind, old, *sides)
     before = torch.cat([layer.measure(kind, carried), sizes(kind, own.parts, whole.ranks[-1:], whole.weights()[-1:])])
     turned = (mapped(kind, p, Rb[: p[0].shape[1]], Ra[: p[-1].shape[-1]]) for p in (carried, own.parts))
     kept = tuple(torch.cat(pair) for pair in zip(*turned, strict=True))
-    gone = (before - whole.measure(kind, kept)).clamp(min=0)
+    after = whole.measure(kind, kept)
+    gone = (before - after).clamp(min=0)
     b, a = (
         Frame(
             (torch.linalg.solve_triangular(g.T, R.T, upper=False, left=False) @ g.rows).to(dtype),
@@ -208,7 +209,7 @@ def truncated(state: State, layer: Layer, whole: Layer, sides: tuple[Grown, Grow
         for g, R, energy in ((sides[0], Rb, energy_b), (sides[1], Ra, energy_a))
     )
     lost = further(torch.cat([layer.lost.double(), own.error]), gone).float()  # the new one's own is rounding: its directions are all there
-    return split(kind, dataclasses.replace(whole, b=b, a=a, parts=tuple(p.to(dtype) for p in kept), lost=lost), kb, ka)
+    return split(kind, dataclasses.replace(whole, b=b, a=a, parts=tuple(p.to(dtype) for p in kept), lost=lost), kb, ka, after)
 
 
 def as_many(frame: Frame) -> Choose:
@@ -216,7 +217,7 @@ def as_many(frame: Frame) -> Choose:
     return lambda spectrum, total: min(max(1, frame.k), len(spectrum))
 
 
-def strongest(grown: Grown, choose: Choose, more: Callable[[int], int]) -> tuple[Tensor, Tensor, int]:
+def strongest(grown: Grown, choose: Choose, more: More) -> tuple[Tensor, Tensor, int]:
     """(R (k + q, k' + q'), energies (k' + q',), k'): the rotation onto the strongest directions, to be used and to be held back.
 
     A threshold is a share of all that was ever given, not only of what is still there: each absorb would let go of as much again."""

@@ -23,15 +23,15 @@ def leading(kind: Kind, parts: Parts, kb: int, ka: int) -> Parts:
     return parts[0][:, :kb].contiguous(), parts[1][:, :ka].contiguous()
 
 
-def split(kind: Kind, layer: Layer, kb: int, ka: int, fresh: bool = False, reserve: bool = True) -> Layer:
-    """The layer on its leading directions, the next ones in reserve or gone.
+def split(kind: Kind, layer: Layer, kb: int, ka: int, size: Tensor | None = None, fresh: bool = False, reserve: bool = True) -> Layer:
+    """The layer on its leading directions, the next ones in reserve or gone; `size` is what the tasks measure now, where it is known.
 
     Of fresh coefficients, just fitted, what is cut off and what was lost are at right angles. Later they need not be."""
     if (kb, ka) == (layer.b.k, layer.a.k):
         return layer
     parts = layer.all_parts()
     kept = leading(kind, parts, kb, ka)
-    gone = (layer.measure(kind, parts) - layer.measure(kind, kept)).clamp(min=0)
+    gone = ((layer.measure(kind, parts) if size is None else size) - layer.measure(kind, kept)).clamp(min=0)
     lost = layer.lost.double() + gone if fresh else further(layer.lost, gone)
     behind = kept_back(kind, layer.b, layer.a, parts, layer.lost.double(), gone, kb, ka) if reserve else None
     return dataclasses.replace(layer, b=layer.b.cut(kb), a=layer.a.cut(ka), parts=kept, lost=lost.float(), reserve=behind)
