@@ -44,6 +44,12 @@ class Apart(Layer):
     def shared_with(self, kind: Kind, parts: Parts, sign: float, scale: float) -> tuple[Frame, Frame]:
         return self.b, self.a
 
+    def joined(self, kind: Kind, task: str, rank: int, scale: float, parts: Parts, energy: float, lost: float) -> Layer:
+        return super().joined("factors", task, rank, scale, parts, energy, 0.0)  # nothing is lost but by rounding
+
+    def between(self, kind: Kind, scale: float, one: Parts, other: Parts) -> float:
+        return float(rounding([len(one[0])], [scale], one, other))
+
     def with_parts(self, parts: tuple[Stored, ...]) -> Apart:
         """The same tasks, held otherwise: what that loses is added to their bounds."""
         off = rounding(self.ranks, self.scales, [dense(p) for p in self.parts], [dense(p) for p in parts])
@@ -53,13 +59,6 @@ class Apart(Layer):
 
 def as_parts(update: Update) -> Parts:
     return update.B.T.contiguous(), update.A.contiguous()
-
-
-def held_like(parts: Parts, like: Sequence[Stored]) -> Parts:
-    """What is left of them when they are held as others are."""
-    return tuple(
-        Packed.of(p, x.bits, x.group).dense() if isinstance(x, Packed) else p.to(x.dtype) for p, x in zip(parts, like, strict=True)
-    )
 
 
 def rounding(ranks: Sequence[int], scales: Sequence[float], exact: Sequence[Tensor], kept: Sequence[Tensor]) -> Tensor:

@@ -15,9 +15,11 @@ from lora_lite.config import AdapterConfig
 from lora_lite.subspace.apart import cheaper
 from lora_lite.subspace.bases import joined
 from lora_lite.subspace.block import Block, blocks
-from lora_lite.subspace.coefficients import Kind, Parts, both, encode, encode_rows
-from lora_lite.subspace.frame import Choose, Frame, leading
+from lora_lite.subspace.coefficients import Kind, both, encode, encode_rows
+from lora_lite.subspace.forms import split
+from lora_lite.subspace.frame import Choose, Frame, leading, none
 from lora_lite.subspace.packed import wide
+from lora_lite.subspace.reserve import beyond
 from lora_lite.subspace.source import Source, Update, check_finite, lora_config, same_sizes
 from lora_lite.subspace.state import Layer, Missing, Policy, State
 from lora_lite.variants.lora import LoRAConfig
@@ -70,6 +72,11 @@ def by_policy(kind: Kind, policy: Policy) -> Choose:
     return choose
 
 
+def reserves(kind: Kind, policy: Policy) -> bool:
+    """Whether layers hold directions back for absorbs: not of a diagonal, which none can carry, nor out of a budget."""
+    return kind != "diag" and policy.budget_bytes is None
+
+
 def build_layer(kind: Kind, policy: Policy, tasks: Sequence[str], stacks: Sequence[Block], rows: Rows, dtype: torch.dtype) -> Layer:
     """Overwrites the rows of `data`."""
     d_in, d_out = stacks[0].sizes
@@ -87,7 +94,12 @@ def build_layer(kind: Kind, policy: Policy, tasks: Sequence[str], stacks: Sequen
     energy = torch.cat([c.energy for c in coded])
     lost = torch.cat([c.error for c in coded])
     ranks, scales = tuple(x.r for x in stacks for _ in x.scale), tuple(s for x in stacks for s in x.scale.tolist())
-    return Layer(d_in, d_out, b, a, tuple(tasks), ranks, scales, parts, energy.float(), lost.float())
+    layer = Layer(d_in, d_out, b, a, tuple(tasks), ranks, scales, parts, energy.float(), lost.float())
+    if not reserves(kind, policy):
+        return layer
+    totals = [float(f.energy.sum()) + f.rest if kind == "flat" else float(energy.sum()) for f in (b, a)]
+    kb, ka = (by_policy(kind, policy)(f.energy, total) for f, total in zip((b, a), totals, strict=True))
+    return split(kind, layer, kb, ka, fresh=dtype.itemsize >= 4)
 
 
 def check_values(kind: Kind, module: str, tasks: Sequence[str], updates: Sequence[Update], stacks: Sequence[Block]) -> None:
@@ -102,10 +114,12 @@ def side(kind: Kind, policy: Policy, X: Tensor, dtype: torch.dtype) -> Frame:
     mean = X.mean(0) if kind == "flat" else None
     if mean is not None:
         X -= mean
-    U, energy = leading(X, by_policy(kind, policy), policy.num_components)
+    more = beyond if reserves(kind, policy) else none
+    U, energy = leading(X, by_policy(kind, policy), policy.num_components, more)
     if mean is not None and dtype is not X.dtype:
         X += mean - mean.to(dtype)
-    return Frame(U.to(dtype), None if mean is None else mean.to(dtype), energy.float())
+    rest = 0.0 if mean is None else max(0.0, float(torch.linalg.vector_norm(X)) ** 2 - float(energy.sum()))
+    return Frame(U.to(dtype), None if mean is None else mean.to(dtype), energy.float(), rest)
 
 
 def shared_modules(sources: Sequence[Source], missing: Missing) -> list[str]:
@@ -223,7 +237,8 @@ def within_budget(state: State, budget: int) -> State:
         ks[key] += 1
         spent += price
         heapq.heappush(heap, (-gain(state, ks, key), key))
-    return dataclasses.replace(state, layers={m: cut(state.kind, layer, *widths(state.kind, ks, m)) for m, layer in state.layers.items()})
+    layers = {m: split(state.kind, x, *widths(state.kind, ks, m), reserve=False) for m, x in state.layers.items()}
+    return dataclasses.replace(state, layers=layers)
 
 
 def frame(layer: Layer, name: str) -> Frame:
@@ -251,18 +266,3 @@ def cost(kind: Kind, layer: Layer, kb: int, ka: int) -> int:
     per_task = {"core": n * kb * ka, "factors": sum(layer.ranks) * (kb + ka), "diag": n * min(kb, ka), "flat": n * (kb + ka)}[kind]
     means = sum(f.d for f in (layer.b, layer.a) if f.mean is not None)
     return width * (kb * layer.b.d + ka * layer.a.d + means + per_task) + 4 * (kb + ka + 2 * n)
-
-
-def cut(kind: Kind, layer: Layer, kb: int, ka: int) -> Layer:
-    """The layer on its leading directions only. Coefficients of an orthonormal basis are nested: they are cut, not fitted again."""
-    parts = layer.all_parts()
-    if kind == "core":
-        kept: Parts = (parts[0][:, :kb, :ka],)
-    elif kind == "diag":
-        kept = (parts[0][:, : min(kb, ka)],)
-    else:
-        kept = (parts[0][:, :kb], parts[1][:, :ka])
-    kept = tuple(p.contiguous() for p in kept)
-    gone = (layer.measure(kind, parts) - layer.measure(kind, kept)).clamp(min=0)
-    lost = (layer.lost.double().sqrt() + gone.sqrt()).square().float()
-    return dataclasses.replace(layer, b=layer.b.cut(kb), a=layer.a.cut(ka), parts=kept, lost=lost)

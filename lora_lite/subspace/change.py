@@ -10,29 +10,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lite.subspace.apart import Apart, as_parts, held_like, rounding
+from lora_lite.subspace.apart import Apart, as_parts
 from lora_lite.subspace.bases import joined
 from lora_lite.subspace.block import Block
-from lora_lite.subspace.build import build_layer, by_policy, config_of, data, precise
-from lora_lite.subspace.coefficients import Coded, Kind, Parts, as_cores, flat_a, flat_b, mapped
-from lora_lite.subspace.frame import Choose, Frame, extended, upright
-from lora_lite.subspace.packed import Packed, Stored, dense, wide
+from lora_lite.subspace.build import build_layer, by_policy, config_of, data, precise, reserves
+from lora_lite.subspace.coefficients import Coded, Kind, Parts, flat_a, flat_b, mapped
+from lora_lite.subspace.forms import further, rounded, split
+from lora_lite.subspace.frame import NOISE, Choose, Frame, More, extended, none, upright
+from lora_lite.subspace.packed import Packed, Sizes, Stored, dense, wide
+from lora_lite.subspace.reserve import beyond
 from lora_lite.subspace.source import Source, Update, check_finite, same_sizes
 from lora_lite.subspace.state import Layer, State, sizes
 
 # Numbers that share a scale of 2 bytes: by bits, for bases and for coefficients. Small groups are what four bits gain most by; with
-# these they are still 7.3 times smaller than float32.
-BASIS_GROUP, COEFFICIENT_GROUP = {8: 128, 4: 64}, {8: 64, 4: 32}
+# these they are still 7 times smaller than float32. Rows too short for a group of their own share one of 64.
+BASIS_GROUP, COEFFICIENT_GROUP, SHORT_GROUP = {8: 128, 4: 64}, {8: 64, 4: 32}, 64
 
 
 class Grown(NamedTuple):
     """One side with room for one more task: rows (k + q, d) that are T C with C orthonormal, the mean, the scatter of all tasks in
-    C's coordinates, and how old ones turn into the first k of them (k, k) and shift (k + q,). In float64."""
+    C's coordinates and all there ever was of it, and how old ones turn into the first k of them (k, k) and shift (k + q,). In float64."""
 
     rows: Tensor
     T: Tensor
     mean: Tensor | None
     scatter: Tensor
+    total: float
     turn: Tensor
     shift: Tensor | None
 
@@ -107,32 +110,31 @@ def read_all(state: State, source: Source, new: bool = True) -> dict[str, Update
 def absorbed(state: State, layer: Layer, task: str, update: Update) -> Layer:
     if isinstance(layer, Apart):
         return appended(layer, task, update)
+    layer = layer.whole(state.kind)
     sides, own = (grown_flat if state.kind == "flat" else grown)(layer, state.kind, Block([update]))
     whole = dataclasses.replace(
         layer, tasks=(*layer.tasks, task), ranks=(*layer.ranks, update.rank), scales=(*layer.scales, update.scale),
-        energy=torch.cat([layer.energy, own.energy.float()]),
+        energy=torch.cat([layer.energy.double(), own.energy]).float(),
     )  # fmt: skip
     return truncated(state, layer, whole, sides, own)
 
 
 def appended(layer: Apart, task: str, update: Update) -> Layer:
-    parts = as_parts(update)
-    off = rounding([update.rank], [update.scale], parts, held_like(parts, layer.parts))
-    return layer.joined("factors", task, update.rank, update.scale, parts, float(Block([update]).energy), float(off))
+    return layer.joined("factors", task, update.rank, update.scale, as_parts(update), float(Block([update]).energy), 0.0)
 
 
 def grown(layer: Layer, kind: Kind, new: Block) -> tuple[tuple[Grown, Grown], Coded]:
     """Both sides with the update's directions added, and the update in their coordinates."""
     rows = [torch.empty(f.k + new.r, f.d, dtype=torch.float64, device=new.scale.device) for f in (layer.b, layer.a)]
     new.weigh(*(W[-new.r :] for W in rows))
-    found, coordinates = [], []
+    found, coordinates, total = [], [], float(layer.energy.double().sum() + new.energy)
     for W, frame, factor, other in zip(rows, (layer.b, layer.a), (new.B[0], new.A[0].T), new.grams[::-1], strict=True):
         W[: frame.k] = frame.basis()
         W, T = extended(W, frame.k, noise_of(frame))
         own = torch.linalg.solve_triangular(T, W @ factor.double(), upper=False)
         turn = T[: frame.k, : frame.k]
         scatter = turned_energy(frame, turn, len(W)) + new.scale.square() * (own @ other[0] @ own.T)
-        found.append(Grown(W, T, None, scatter, turn, None))
+        found.append(Grown(W, T, None, scatter, total, turn, None))
         coordinates.append(own)
     left, right = coordinates
     core = left @ right.T
@@ -160,7 +162,8 @@ def grow_centred(frame: Frame, x: Tensor, n: int) -> tuple[Grown, Tensor, Tensor
     scatter = turned_energy(frame, turn, len(W)) + torch.outer(z, z) * (n / (n + 1))
     own = z * (n / (n + 1))
     off = (step.square().sum() * (n / (n + 1)) ** 2 - own.square().sum()).clamp(min=0)
-    return Grown(W, T, mean.double() + step / (n + 1), scatter, turn, -z / (n + 1)), own, off
+    total = float(frame.energy.double().sum() + step.square().sum() * (n / (n + 1))) + frame.rest
+    return Grown(W, T, mean.double() + step / (n + 1), scatter, total, turn, -z / (n + 1)), own, off
 
 
 def noise_of(frame: Frame) -> float:
@@ -177,7 +180,7 @@ def widened(frame: Frame, width: int) -> Frame:
     more = max(0, width - frame.d)
     mean = frame.centre()
     assert mean is not None
-    return frame if not more else Frame(F.pad(frame.basis(), (0, more)), F.pad(mean, (0, more)), frame.energy)
+    return frame if not more else dataclasses.replace(frame, components=F.pad(frame.basis(), (0, more)), mean=F.pad(mean, (0, more)))
 
 
 def carry(kind: Kind, parts: Parts, b: Grown, a: Grown) -> Parts:
@@ -190,27 +193,27 @@ def carry(kind: Kind, parts: Parts, b: Grown, a: Grown) -> Parts:
 
 def truncated(state: State, layer: Layer, whole: Layer, sides: tuple[Grown, Grown], own: Coded) -> Layer:
     """Onto the leading directions of all tasks together; what each task loses is added to its bound."""
-    kind, dtype, old = state.kind, layer.b.basis().dtype, layer.all_parts()
-    choices = [as_many(f) if state.policy.budget_bytes is not None else by_policy(kind, state.policy) for f in (layer.b, layer.a)]
-    (Rb, energy_b), (Ra, energy_a) = (
-        strongest(g.scatter, choose, explained_of(kind, whole)) for g, choose in zip(sides, choices, strict=True)
-    )
+    kind, policy, dtype, old = state.kind, state.policy, layer.b.basis().dtype, layer.all_parts()
+    choices = [as_many(f) if policy.budget_bytes is not None else by_policy(kind, policy) for f in (layer.b, layer.a)]
+    more = beyond if reserves(kind, policy) else none
+    (Rb, energy_b, kb), (Ra, energy_a, ka) = (strongest(g, choose, more) for g, choose in zip(sides, choices, strict=True))
     carried = carry(kind, old, *sides)
     before = torch.cat([layer.measure(kind, carried), sizes(kind, own.parts, whole.ranks[-1:], whole.weights()[-1:])])
     turned = (mapped(kind, p, Rb[: p[0].shape[1]], Ra[: p[-1].shape[-1]]) for p in (carried, own.parts))
     kept = tuple(torch.cat(pair) for pair in zip(*turned, strict=True))
-    gone = (before - whole.measure(kind, kept)).clamp(min=0)
+    after = whole.measure(kind, kept)
+    gone = (before - after).clamp(min=0)
     b, a = (
         Frame(
             (torch.linalg.solve_triangular(g.T, R.T, upper=False, left=False) @ g.rows).to(dtype),
             None if g.mean is None else g.mean.to(dtype),
             energy.float(),
+            0.0 if g.mean is None else max(0.0, g.total - float(energy.sum())),
         )
         for g, R, energy in ((sides[0], Rb, energy_b), (sides[1], Ra, energy_a))
     )
-    lost = torch.cat([layer.lost.double(), own.error])  # the new one's is zero but for rounding: its directions are all there
-    bound = torch.where(gone > 0, (lost.clamp(min=0).sqrt() + gone.sqrt()).square(), lost)
-    return dataclasses.replace(whole, b=b, a=a, parts=tuple(p.to(dtype) for p in kept), lost=bound.float())
+    lost = further(torch.cat([layer.lost.double(), own.error]), gone).float()  # the new one's own is rounding: its directions are all there
+    return split(kind, dataclasses.replace(whole, b=b, a=a, parts=tuple(p.to(dtype) for p in kept), lost=lost), kb, ka, after)
 
 
 def as_many(frame: Frame) -> Choose:
@@ -218,17 +221,16 @@ def as_many(frame: Frame) -> Choose:
     return lambda spectrum, total: min(max(1, frame.k), len(spectrum))
 
 
-def explained_of(kind: Kind, layer: Layer) -> float | None:
-    """What a threshold is a share of: all that was ever given, not only what is still there."""
-    return float(layer.energy.double().sum()) if kind != "flat" else None
+def strongest(grown: Grown, choose: Choose, more: More) -> tuple[Tensor, Tensor, int]:
+    """(R (k + q, k' + q'), energies (k' + q',), k'): the rotation onto the strongest directions, to be used and to be held back.
 
-
-def strongest(scatter: Tensor, choose: Choose, total: float | None) -> tuple[Tensor, Tensor]:
-    """(R (k + q, k'), energies (k',)): the rotation onto the strongest directions."""
-    values, vectors = torch.linalg.eigh(scatter)
+    A threshold is a share of all that was ever given, not only of what is still there: each absorb would let go of as much again."""
+    values, vectors = torch.linalg.eigh(grown.scatter)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    k = choose(values, float(values.sum()) if total is None else total)
-    return vectors[:, :k], values[:k]
+    k = choose(values, grown.total)
+    real = int((values > NOISE * values[0]).sum()) if len(values) else 0
+    wide = max(k, min(k + more(k), real))
+    return vectors[:, :wide], values[:wide], k
 
 
 # -- leaving, moving, quantising ----------------------------------------------------------------------------------------
@@ -243,8 +245,13 @@ def quantised(state: State, bits: int) -> State:
     """Bases to integers, then every coefficient fitted again to the basis as it is now, and to integers itself."""
     if state.bits == bits:
         return state
-    layers = {m: quantised_layer(state.kind, layer, bits) for m, layer in state.layers.items()}
+    layers = {m: coarse(quantised_layer(state.kind, layer, bits)) for m, layer in state.layers.items()}
     return dataclasses.replace(state, layers=layers, bits=bits)
+
+
+def coarse(layer: Layer) -> Layer:
+    """What is known of each task's size and error in a byte each."""
+    return dataclasses.replace(layer, energy=Sizes.of(layer.energy.double(), False), lost=Sizes.of(layer.lost.double(), True))
 
 
 def quantised_layer(kind: Kind, layer: Layer, bits: int) -> Layer:
@@ -253,39 +260,22 @@ def quantised_layer(kind: Kind, layer: Layer, bits: int) -> Layer:
             return layer
         return layer.with_parts(tuple(Packed.of(dense(p), bits, BASIS_GROUP[bits]) for p in layer.parts))
     b, a = quantised_frame(layer.b, bits), quantised_frame(layer.a, bits)
-    parts = layer.all_parts() if kind == "diag" else mapped(kind, layer.all_parts(), refit(layer.b, b), refit(layer.a, a))
-    new = dataclasses.replace(layer, b=b, a=a, parts=tuple(Packed.of(p, bits, COEFFICIENT_GROUP[bits]) for p in parts))
+    parts = layer.all_parts() if kind == "diag" else mapped(kind, layer.meant(kind), refit(layer.b, b), refit(layer.a, a))
+    new = dataclasses.replace(layer, b=b, a=a, parts=tuple(Packed.of(p, bits, group_of(kind, p, bits)) for p in parts), reserve=None)
     return rounded(kind, layer, new)
 
 
-def rounded(kind: Kind, old: Layer, new: Layer) -> Layer:
-    """The new form of a layer, with what the rounding took from each task among what is lost."""
-    lost = (old.lost.double().sqrt() + distances(kind, old, new).to(old.lost.device).sqrt()).square()
-    return dataclasses.replace(new, lost=lost.float())
-
-
-def distances(kind: Kind, old: Layer, new: Layer) -> Tensor:
-    """(n,) squared distances between what two forms of a layer make of its tasks."""
-    if kind == "flat":
-        return sum((flat_rows(o, p) - flat_rows(f, q)).square().sum(1) for o, p, f, q in zip(
-            (old.b, old.a), old.all_parts(), (new.b, new.a), new.all_parts(), strict=True))  # type: ignore[return-value]  # fmt: skip
-    C, D = as_cores(kind, old.all_parts(), old.ranks), as_cores(kind, new.all_parts(), new.ranks)
-    kb, ka = C.shape[1:]
-    across = [(wide(o.components) @ wide(n.components).T)[:k, :k] for o, n, k in ((old.b, new.b, kb), (old.a, new.a, ka))]
-    own = [(frame.metric[:k, :k]) for frame, k in ((old.b, kb), (old.a, ka), (new.b, kb), (new.a, ka))]
-    inner = (C * (own[0] @ C @ own[1])).sum((1, 2)) + (D * (own[2] @ D @ own[3])).sum((1, 2))
-    return ((inner - 2 * (C * (across[0] @ D @ across[1].T)).sum((1, 2))) * old.weights()).clamp(min=0)
-
-
-def flat_rows(frame: Frame, loadings: Tensor) -> Tensor:
-    mean = frame.centre()
-    assert mean is not None
-    return mean.double() + loadings.double() @ frame.basis().double()
+def group_of(kind: Kind, parts: Tensor, bits: int) -> int:
+    """Rows that share a scale lose a tenth more by rounding, which a smaller file has to be worth: not where bases are r times larger."""
+    width = parts[:1].numel()
+    if width >= SHORT_GROUP // 2:
+        return COEFFICIENT_GROUP[bits]
+    return max(width, 16) if kind == "flat" else SHORT_GROUP
 
 
 def quantised_frame(frame: Frame, bits: int) -> Frame:
     mean = None if frame.mean is None else Packed.of(dense(frame.mean)[None], bits, BASIS_GROUP[bits])
-    return Frame(Packed.of(frame.basis(), bits, BASIS_GROUP[bits]), mean, frame.energy)
+    return dataclasses.replace(frame, components=Packed.of(frame.basis(), bits, BASIS_GROUP[bits]), mean=mean)
 
 
 def refit(old: Frame, new: Frame) -> Tensor:
@@ -294,32 +284,51 @@ def refit(old: Frame, new: Frame) -> Tensor:
 
 
 def moved(state: State, device: torch.device | None, dtype: torch.dtype | None) -> State:
-    """Onto a device, in a dtype. A quantised state given a dtype is dequantised: its bases made orthonormal, the coefficients carried."""
+    """Onto a device, in a dtype. A quantised state given a dtype is dequantised: its bases made orthonormal, the coefficients carried.
+    So is one whose precision rises, as far as that rounding had bent it."""
     if state.bits is not None and dtype is not None:
-        state = dataclasses.replace(state, layers={m: dequantised(state.kind, layer) for m, layer in state.layers.items()}, bits=None)
+        state = dataclasses.replace(state, layers={m: straight(state.kind, fine(x)) for m, x in state.layers.items()}, bits=None)
     put: Callable[[Stored], Stored] = lambda x: x.to(device or x.device) if isinstance(x, Packed) else x.to(device=device, dtype=dtype)  # noqa: E731
 
     def frame(f: Frame) -> Frame:
-        return Frame(put(f.components), None if f.mean is None else put(f.mean), f.energy.to(device=device))
+        mean = None if f.mean is None else put(f.mean)
+        return dataclasses.replace(f, components=put(f.components), mean=mean, energy=f.energy.to(device=device))
 
     def layer(x: Layer) -> Layer:
+        if dtype is not None and dtype.itemsize > x.b.basis().itemsize == 2:
+            x = straight(state.kind, x)
         parts = tuple(put(p) for p in x.parts)
+        reserve = x.reserve if dtype in (None, x.b.basis().dtype) else None  # it was behind the basis as it was
         if dtype is not None and isinstance(x, Apart):
             x = x.with_parts(parts)
         elif dtype is not None and any(f.basis().dtype != dtype for f in (x.b, x.a)):
             x = rounded(state.kind, x, dataclasses.replace(x, b=frame(x.b), a=frame(x.a), parts=parts))
-        places = dict(energy=x.energy.to(device=device), lost=x.lost.to(device=device))
+        places = dict(energy=x.energy.to(device=device), lost=x.lost.to(device=device), reserve=reserve and reserve.to(device))
         return dataclasses.replace(x, b=frame(x.b), a=frame(x.a), parts=parts, **places)
 
     return dataclasses.replace(state, layers={m: layer(x) for m, x in state.layers.items()})
 
 
-def dequantised(kind: Kind, layer: Layer) -> Layer:
+def fine(layer: Layer) -> Layer:
+    energy = layer.energy.middle() if isinstance(layer.energy, Sizes) else layer.energy
+    return dataclasses.replace(layer, energy=energy.float(), lost=layer.lost.double().float())
+
+
+def straight(kind: Kind, layer: Layer) -> Layer:
+    """In float32 on orthonormal bases, which integers and 16 bits had bent: the same updates, but of diagonals, which cannot be turned."""
     if isinstance(layer, Apart):
         return dataclasses.replace(layer, parts=layer.all_parts())
-    if kind == "diag":
-        plain = [Frame(f.basis(), f.centre(), f.energy) for f in (layer.b, layer.a)]
-        return dataclasses.replace(layer, b=plain[0], a=plain[1], parts=layer.all_parts())
-    (Ub, Tb), (Ua, Ta) = (upright(f.basis().double()) for f in (layer.b, layer.a))
-    b, a = (Frame(U.float(), f.centre(), f.energy) for U, f in ((Ub, layer.b), (Ua, layer.a)))
-    return dataclasses.replace(layer, b=b, a=a, parts=tuple(p.float() for p in mapped(kind, layer.all_parts(), Tb, Ta)))
+    (Ub, Tb), (Ua, Ta) = ((nearest_upright if kind == "diag" else upright)(f.basis().double()) for f in (layer.b, layer.a))
+    b, a = (dataclasses.replace(f, components=U.float(), mean=f.centre()) for U, f in ((Ub, layer.b), (Ua, layer.a)))
+    parts = layer.meant(kind)
+    k = parts[0].shape[1]
+    carried = (parts[0].double() @ (Tb * Ta)[:k, :k],) if kind == "diag" else mapped(kind, parts, Tb, Ta)
+    new = dataclasses.replace(layer, b=b, a=a, parts=tuple(p.float() for p in carried), reserve=None)
+    return rounded(kind, layer, new) if kind == "diag" else new
+
+
+def nearest_upright(U: Tensor) -> tuple[Tensor, Tensor]:
+    """As `upright`, but with each direction as near to its own as can be: U = T Q with T symmetric."""
+    values, vectors = torch.linalg.eigh(U @ U.T)
+    root = values.clamp(min=1e-12).sqrt()
+    return (vectors / root) @ vectors.T @ U, (vectors * root) @ vectors.T

@@ -144,6 +144,13 @@ def compact(kind: Kind, parts: Parts, b: Frame, a: Frame, r: int, sizes: tuple[i
     return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
 
 
+def of_rank(cores: Tensor, ranks: Sequence[int]) -> Tensor:
+    """(n, k_b, k_a): each core's nearest of its rank."""
+    P, S, Qh = torch.linalg.svd(cores.double(), full_matrices=False)
+    kept = torch.arange(S.shape[1], device=S.device) < torch.tensor(ranks, device=S.device)[:, None]
+    return ((P * (S * kept)[:, None]) @ Qh).to(cores)
+
+
 def mapped(kind: Kind, parts: Parts, Tb: Tensor, Ta: Tensor) -> Parts:
     """Coefficients in other coordinates, in float64: those along old direction j become row j of T (k_old, k_new)."""
     parts = tuple(p.double() for p in parts)

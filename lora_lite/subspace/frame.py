@@ -25,6 +25,11 @@ PROBES = 8  # random vectors whose products with a vector tell its length
 START = 1504_05477  # a seed that no one else is likely to make up data with
 WEAK = 1e-6  # of the strongest direction's energy (1e-3 of its singular value): what float32 products may lose
 Choose = Callable[[Tensor, float], int]  # eigenvalues, descending, of this total -> how many to keep
+More = Callable[[int], int]  # how many are kept -> how many to hold beyond those
+
+
+def none(k: int) -> int:
+    return 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +39,13 @@ class Frame:
     components  (k, d), orthonormal rows unless quantised; quantised ones are used as they are, coefficients fitted to them
     mean        (d,), what the loadings are measured from; None in the uncentred space "feature"
     energy      (k,), squared singular values: how much of all updates lies along each direction, strongest first
+    rest        how much lies along none of them; of space "flat" only, where a layer's sizes do not tell it
     """
 
     components: Stored
     mean: Stored | None
     energy: Float[Tensor, " k"]
+    rest: float = 0.0
 
     @property
     def k(self) -> int:
@@ -68,12 +75,13 @@ class Frame:
         return U @ U.T
 
     def cut(self, k: int) -> Frame:
-        return replace(self, components=self.basis()[:k].clone(), energy=self.energy[:k].clone())
+        rest = self.rest + float(self.energy[k:].sum()) if self.mean is not None else 0.0
+        return replace(self, components=self.basis()[:k].clone(), energy=self.energy[:k].clone(), rest=rest)
 
     def padded(self, new: Float[Tensor, "q d"]) -> Frame:
         """With further directions that no task has used yet."""
         components = torch.cat([self.basis(), new.to(self.basis())])
-        return Frame(components, self.mean, F.pad(self.energy, (0, len(new))))
+        return replace(self, components=components, energy=F.pad(self.energy, (0, len(new))))
 
 
 def columns(X: Float[Tensor, "n d"], dtype: torch.dtype = torch.float64) -> Iterator[tuple[slice, Tensor]]:
@@ -109,18 +117,29 @@ def principal(X: Float[Tensor, "n d"], choose: Choose, dtype: torch.dtype = torc
     return U, values[:k], values
 
 
-def leading(X: Float[Tensor, "n d"], choose: Choose, k: int | None = None) -> tuple[Float[Tensor, "k d"], Float[Tensor, " k"]]:
-    """The leading directions of the rows of X, and their energies; k where it is known how many are wanted.
+def leading(
+    X: Float[Tensor, "n d"], choose: Choose, k: int | None = None, more: More = none
+) -> tuple[Float[Tensor, "k d"], Float[Tensor, " k"]]:
+    """The leading directions of the rows of X, and their energies; k where it is known how many are wanted. And `more` than the k
+    wanted, as near as they are found on the way.
 
     A few of many are found by a block Krylov method (arXiv:1504.05477): half a dozen products with X in place of a Gram matrix and all
     its eigenvectors, 10 times faster at 1,024 rows of 2,048. What it catches is the most there is to catch within SETTLED. Exactly,
     by `principal`, where the matrix is small, too many are wanted, or some of them are WEAK.
     """
-    found = krylov(X, choose, k or 24) if min(X.shape) > SMALL else None
-    return found or principal(X, choose)[:2]
+    found = krylov(X, choose, k or 24, more) if min(X.shape) > SMALL else None
+    return found or principal(X, with_more(choose, more))[:2]
 
 
-def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int) -> tuple[Tensor, Tensor] | None:
+def with_more(choose: Choose, more: More) -> Choose:
+    def both(spectrum: Tensor, total: float) -> int:
+        k = choose(spectrum, total)
+        return min(k + more(k), len(spectrum))
+
+    return both
+
+
+def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int, more: More = none) -> tuple[Tensor, Tensor] | None:
     n, d = X.shape
     block, total = k + 8, float(torch.linalg.vector_norm(X)) ** 2
     new, probes = drawn(block, d, X.dtype, X.device)
@@ -130,12 +149,13 @@ def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int) -> tuple[Tensor, Ten
             values, vectors = torch.linalg.eigh(gram(seen))
             values, turn = values.flip(0).clamp(min=0), vectors.flip(1).T
             wanted = choose(values, total)
-            if wanted <= len(values) - block:
-                turn = turn[:wanted]
+            if wanted + more(wanted) <= len(values) and wanted <= len(values) - block:
+                further, turn = turn[wanted : wanted + more(wanted)], turn[:wanted]
                 rest = probed.double() @ seen.double().T @ turn.T - (probes @ K.T).double() @ turn.T * values[:wanted]
                 if float(gain(values, rest.square().mean(0).sqrt())) <= SETTLED * float(values[:wanted].sum()):
                     weak = bool(wanted) and float(values[wanted - 1]) < WEAK * float(values[0])
-                    return None if weak else (orthonormal((turn.to(K.dtype) @ K).double()), values[:wanted])
+                    turn = torch.cat([turn, further])
+                    return None if weak else (orthonormal((turn.to(K.dtype) @ K).double()), values[: len(turn)])
         new = seen[-block:] @ X
         for _ in range(2):  # as in `outside`
             new = orthonormal(new - (new @ K.T) @ K)

@@ -82,7 +82,8 @@ def project(state: State, source: Source, task_id: str) -> TaskProjection:
         if isinstance(layer, Apart):
             one = appended(layer, task_id, u)
             bases = (layer.b.components, layer.a.components)
-            caught[m] = Caught(as_parts(u), u.rank, u.scale, float(one.energy[-1]), float(one.lost[-1]), bases)
+            error = layer.between("factors", u.scale, as_parts(u), one.own("factors", task_id))
+            caught[m] = Caught(as_parts(u), u.rank, u.scale, float(Block([u]).energy), error, bases)
             continue
         alone = Block([u])
         coded = encode(state.kind, layer.b, layer.a, alone, torch.float64 if state.bits is not None else layer.b.basis().dtype)

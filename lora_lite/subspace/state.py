@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lora_lite.lowrank import LowRank
-from lora_lite.subspace.coefficients import Kind, Parts, compact, rows, squares
+from lora_lite.subspace.coefficients import Kind, Parts, as_cores, compact, of_rank, rows, squares
 from lora_lite.subspace.frame import Frame
-from lora_lite.subspace.packed import Stored, append, dense, take
+from lora_lite.subspace.packed import Packed, Sized, Stored, append, dense, sizes_of, take, with_size
+from lora_lite.subspace.reserve import Reserve
 from lora_lite.variants.lora import LoRAConfig
 
 Missing = Literal["error", "zero", "common"]
@@ -49,6 +50,7 @@ class Layer:
 
     energy (n,)  each task's squared size as it was given: of its update at c = 1; in space "flat" of its factors
     lost (n,)    a bound on each task's squared error: the error at entry, and after each truncation (sqrt(lost) + d)^2, d its size
+    reserve      further directions, for the next absorb alone
     """
 
     d_in: int
@@ -59,20 +61,29 @@ class Layer:
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
     parts: tuple[Stored, ...]
-    energy: Tensor
-    lost: Tensor
+    energy: Sized
+    lost: Sized
+    reserve: Reserve | None = None
 
     @cached_property
     def index(self) -> dict[str, int]:
         return {task: i for i, task in enumerate(self.tasks)}
 
     def own(self, kind: Kind, task: str) -> Parts:
-        """One task's rows of the coefficients."""
+        """One task's rows of the coefficients, as they are meant."""
         where = rows(kind, self.ranks, self.index[task])
-        return tuple(dense(take(p, torch.arange(where.start, where.stop))) for p in self.parts)
+        found = tuple(dense(take(p, torch.arange(where.start, where.stop))) for p in self.parts)
+        return self.cut_back(kind, found, [self.ranks[self.index[task]]])
 
     def all_parts(self) -> Parts:
         return tuple(dense(p) for p in self.parts)
+
+    def meant(self, kind: Kind) -> Parts:
+        return self.cut_back(kind, self.all_parts(), self.ranks)
+
+    def cut_back(self, kind: Kind, parts: Parts, ranks: Sequence[int]) -> Parts:
+        """A core in integers has every rank there is; what it has beyond its adapter's is rounding, and no adapter is made of it."""
+        return (of_rank(parts[0], ranks),) if kind == "core" and isinstance(self.parts[0], Packed) else parts
 
     def update(self, kind: Kind, task: str) -> LowRank:
         """The task's update with as many ranks as its adapter had, in float64 but for "flat"."""
@@ -93,9 +104,14 @@ class Layer:
         return sizes(kind, parts, self.ranks, self.weights())
 
     def joined(self, kind: Kind, task: str, rank: int, scale: float, parts: Parts, energy: float, lost: float) -> Layer:
-        """With one more task, its coefficients held as the others are. The bases stay, but know that more lies along them."""
+        """With one more task, its coefficients held as the others are. The bases stay, but know that more lies along them.
+
+        `lost` is what these coefficients lose as they are given. What holding them takes lies where the bases reach, and what was
+        lost does not: the squares add up.
+        """
         b, a = self.shared_with(kind, parts, 1.0, scale)
-        return dataclasses.replace(
+        b, a = (dataclasses.replace(f, rest=f.rest + max(lost, 0.0) / 2) if kind == "flat" else f for f in (b, a))  # of two sides
+        grown = dataclasses.replace(
             self,
             b=b,
             a=a,
@@ -103,9 +119,22 @@ class Layer:
             ranks=(*self.ranks, rank),
             scales=(*self.scales, scale),
             parts=tuple(append(old, new) for old, new in zip(self.parts, parts, strict=True)),
-            energy=torch.cat([self.energy, self.energy.new_tensor([energy])]),
-            lost=torch.cat([self.lost, self.lost.new_tensor([max(lost, 0.0)])]),
+            energy=with_size(self.energy, energy),
         )
+        lost = max(lost, 0.0) + self.between(kind, scale, parts, grown.own(kind, task))
+        reserve = None if self.reserve is None else self.reserve.joined(len(parts[0]), lost)
+        return dataclasses.replace(grown, lost=with_size(self.lost, lost), reserve=reserve)
+
+    def between(self, kind: Kind, scale: float, one: Parts, other: Parts) -> float:
+        """|difference|^2 of what two sets of one task's coefficients stand for on these bases (in "flat": of the factors)."""
+        if all(p.dtype == q.dtype and torch.equal(p.to(q.device), q) for p, q in zip(one, other, strict=True)):
+            return 0.0
+        if kind == "flat":
+            steps = [(p - q.double())[0] for p, q in zip(one, other, strict=True)]
+            return float(sum(x @ f.metric @ x for x, f in zip(steps, (self.b, self.a), strict=True)))
+        D = (as_cores(kind, one, [len(one[0])]) - as_cores(kind, other, [len(other[0])]))[0]
+        kb, ka = D.shape
+        return scale**2 * float((D * (self.b.metric[:kb, :kb] @ D @ self.a.metric[:ka, :ka])).sum())
 
     def shared_with(self, kind: Kind, parts: Parts, sign: float, scale: float) -> tuple[Frame, Frame]:
         """The frames with a task's share of energy added or given up."""
@@ -125,6 +154,7 @@ class Layer:
         rest = torch.tensor([j for j in range(count) if not where.start <= j < where.stop], dtype=torch.long)
         keep = [j for j in range(len(self.tasks)) if j != i]
         b, a = self.shared_with(kind, self.own(kind, task), -1.0, self.scales[i])
+        b, a = (dataclasses.replace(f, rest=f.rest * len(keep) / len(self.tasks)) for f in (b, a))  # whose it was is not known
         return dataclasses.replace(
             self,
             b=b,
@@ -133,16 +163,26 @@ class Layer:
             ranks=tuple(self.ranks[j] for j in keep),
             scales=tuple(self.scales[j] for j in keep),
             parts=tuple(take(p, rest) for p in self.parts),
-            energy=self.energy[keep],
-            lost=self.lost[keep],
+            energy=sizes_of(self.energy, torch.tensor(keep, dtype=torch.long)),
+            lost=sizes_of(self.lost, torch.tensor(keep, dtype=torch.long)),
+            reserve=None if self.reserve is None else self.reserve.without(keep, rest),
         )
 
-    def stored(self) -> list[Stored]:
+    def whole(self, kind: Kind) -> Layer:
+        """With the reserve's directions among its own."""
+        if self.reserve is None:
+            return self
+        b, a = self.reserve.frames(self.b, self.a)
+        parts = self.reserve.whole(kind, self.all_parts())
+        return dataclasses.replace(self, b=b, a=a, parts=parts, lost=self.reserve.lost, reserve=None)
+
+    def stored(self) -> list[Stored | Sized]:
         """Everything that takes room, for counting bytes."""
-        return [*self.numbers(), self.b.energy, self.a.energy, self.energy, self.lost]
+        more = [] if self.reserve is None else self.reserve.tensors()
+        return [*self.numbers(), self.b.energy, self.a.energy, self.energy, self.lost, *more]
 
     def numbers(self) -> list[Stored]:
-        """Bases, means and coefficients."""
+        """Bases, means and coefficients, of which tasks are made."""
         means = [f.mean for f in (self.b, self.a) if f.mean is not None]
         return [self.b.components, self.a.components, *means, *self.parts]
 
@@ -153,7 +193,8 @@ def sizes(kind: Kind, parts: Parts, ranks: Sequence[int], weights: Tensor) -> Te
 
 
 def shares(kind: Kind, parts: Parts) -> tuple[Tensor, Tensor]:
-    """How much of one task lies along each direction: (k_b,), (k_a,)."""
+    """How much of one task lies along each direction: (k_b,), (k_a,). In float64: squares of float16 end at a length of 256."""
+    parts = tuple(p.double() for p in parts)
     if kind == "flat":
         return parts[0][0].square(), parts[1][0].square()
     if kind == "diag":

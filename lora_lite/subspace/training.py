@@ -15,8 +15,8 @@ from lora_lite.checkpoint import raw
 from lora_lite.lowrank import LowRank
 from lora_lite.subspace.apart import Apart
 from lora_lite.subspace.build import config_of
-from lora_lite.subspace.coefficients import Kind, Parts, as_cores, expand, padded
-from lora_lite.subspace.frame import Frame, outside
+from lora_lite.subspace.coefficients import Kind, Parts, as_cores, expand, mapped, padded
+from lora_lite.subspace.frame import Frame, outside, upright
 from lora_lite.subspace.packed import Packed, Stored, dense
 from lora_lite.subspace.state import Layer, State
 from lora_lite.variants.lora import LoRAConfig
@@ -154,14 +154,30 @@ def replaced(state: State, layer: Layer, place: Place, parts: Parts, task_id: st
     if task_id in layer.index:
         layer = layer.without(kind, task_id)
     kb, ka = max(place.b.k, layer.b.k), max(place.a.k, layer.a.k)
+    place, parts = straightened(kind, layer, place, parts)
     if (kb, ka) != (layer.b.k, layer.a.k):
         wider = padded(kind, layer.all_parts(), kb, ka)
         b, a = (dataclasses.replace(p, energy=energy(f, p.k)) for f, p in ((layer.b, place.b), (layer.a, place.a)))
-        layer = dataclasses.replace(layer, b=b, a=a, parts=wider)
+        layer = dataclasses.replace(layer, b=b, a=a, parts=wider, reserve=None)  # it may lie along the new ones
     parts = padded(kind, parts, kb, ka)
     rank = {"core": min(kb, ka), "diag": min(kb, ka), "factors": parts[0].shape[0], "flat": place.rank}[kind]
     size = kept_size(kind, layer, parts, rank, place.scale)
-    return layer.joined(kind, task_id, rank, place.scale, tuple(p.to(layer.b.basis().dtype) for p in parts), size, 0.0)
+    return layer.joined(kind, task_id, rank, place.scale, tuple(p.detach() for p in parts), size, 0.0)
+
+
+def straightened(kind: Kind, layer: Layer, place: Place, parts: Parts) -> tuple[Place, Parts]:
+    """Private directions that were trained in low precision made orthonormal again, the coefficients carried. The layer's stay."""
+    if (place.b.k, place.a.k) == (layer.b.k, layer.a.k):
+        return place, parts
+    frames, turns = [], []
+    for old, f in ((layer.b, place.b), (layer.a, place.a)):
+        U, T = upright(f.basis().double())
+        T[: old.k], U[: old.k] = torch.eye(old.k, f.k).to(T), old.basis().double()
+        frames.append(dataclasses.replace(f, components=U.to(old.basis())))
+        turns.append(T)
+    # a diagonal cannot be turned: what directions bent by bfloat16 cost it is of bfloat16's size
+    parts = parts if kind == "diag" else mapped(kind, parts, turns[0], turns[1])
+    return place._replace(b=frames[0], a=frames[1]), parts
 
 
 def energy(frame: Frame, k: int) -> Tensor:
