@@ -40,6 +40,7 @@ class Contents:
     calibrated: dict[str, Any] = field(default_factory=dict)  # how far c can go, as steering found it
     source: str = "the file"  # where it was read from, for messages
     by: str = ""  # what wrote it, such as "lora_lite 0.1.0"
+    says_where: bool = False  # its layers are all those that its config finds on its base: an origin's header says so, ours does not
 
     def named(self) -> list[tuple[str, Tensor]]:
         """Every tensor under its key in the file. A target without a name is the model itself."""
@@ -53,6 +54,19 @@ def by_target(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         target, _, leaf = name.rpartition(".")
         tensors.setdefault(target, {})[leaf] = v
     return tensors
+
+
+def absent_keys(contents: Contents) -> list[str]:
+    """The keys of layers that the fingerprint lists, the targets, of which nothing is there: the fields are those that others have."""
+    fields = next(iter(contents.tensors.values()), {})
+    absent = [t for t in listed_targets(contents.fingerprint) if t not in contents.tensors]
+    return [f"{t}.{f}" if t else f for t in absent for f in fields]
+
+
+def listed_targets(fingerprint: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a fingerprint says by layer; nothing where it is none, or none that can be read."""
+    targets = (fingerprint or {}).get("targets")
+    return targets if isinstance(targets, dict) else {}
 
 
 def key_problems(flat: Mapping[str, Tensor], also: Iterable[str]) -> list[str]:

@@ -18,15 +18,16 @@ from loguru import logger
 from safetensors import safe_open
 from torch import Tensor
 
+from lora_lite import fitting
 from lora_lite.adapter import Adapter
 from lora_lite.checkpoint import (
     DTYPES,
     CheckpointError,
-    check_digest,
     check_entries,
     check_format,
     check_place,
     finite,
+    is_damaged,
     listed,
     read_header,
     read_metadata,
@@ -164,11 +165,15 @@ class FileSource:
             check_format(str(path), metadata, list(head))
             check_entries(str(path), head)
             self.tensors = TensorsOf(self.path, head, file)
+        with self.tensors:
+            damaged = is_damaged(str(path), metadata, self.tensors)
+        if damaged or "sha256" not in metadata:  # what no hash vouches for is read whole, and refused with all that is wrong with it
+            fitting.for_showing(path)
+        if damaged:
+            raise CheckpointError(f"{path} has changed since it was opened; start again")
         known = read_metadata(str(path), metadata)
         self.base_config, self.base = known["config"], known["fingerprint"]
         check_form(str(path), self.base_config)
-        with self.tensors:
-            check_digest(str(path), metadata, self.tensors)
         self.fields: dict[str, dict[str, str]] = {}  # module -> field -> its key, or that of the tensor which layers share
         for name, stored in ({name: name for name in head} | known["shared"]).items():
             if name not in known["also"]:
