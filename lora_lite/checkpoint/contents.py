@@ -44,23 +44,33 @@ class Contents:
 
     def named(self) -> list[tuple[str, Tensor]]:
         """Every tensor under its key in the file. A target without a name is the model itself."""
-        own = [(f"{t}.{f}" if t else f, v) for t, fields in self.tensors.items() for f, v in fields.items()]
+        own = [(joined(t, f), v) for t, fields in self.tensors.items() for f, v in fields.items()]
         return own + list(self.also.items())
 
 
 def by_target(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, v in flat.items():
-        target, _, leaf = name.rpartition(".")
+        target, leaf = split(name)
         tensors.setdefault(target, {})[leaf] = v
     return tensors
+
+
+def split(key: str) -> tuple[str, str]:
+    """(layer, field) of a key; the model itself has no name."""
+    layer, _, leaf = key.rpartition(".")
+    return layer, leaf
+
+
+def joined(layer: str, leaf: str) -> str:
+    return f"{layer}.{leaf}" if layer else leaf
 
 
 def absent_keys(contents: Contents) -> list[str]:
     """The keys of layers that the fingerprint lists, the targets, of which nothing is there: the fields are those that others have."""
     fields = next(iter(contents.tensors.values()), {})
     absent = [t for t in listed_targets(contents.fingerprint) if t not in contents.tensors]
-    return [f"{t}.{f}" if t else f for t in absent for f in fields]
+    return [joined(t, f) for t in absent for f in fields]
 
 
 def listed_targets(fingerprint: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
-from lora_lite.checkpoint.contents import CheckpointError, Contents, absent_keys, listed_targets
+from lora_lite.checkpoint.contents import CheckpointError, Contents, absent_keys, joined, listed_targets
 from lora_lite.checkpoint.words import listed, problem
 
 INSIDE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")  # put anywhere in a name by wrappers
@@ -70,7 +70,7 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # by layer and field
 
 def misfits(contents: Contents, expected: Shapes, also: Mapping[str, tuple[int, ...]] | None = None) -> list[str]:
     """Every key that is missing, unexpected, of another shape or without floats, by kind; and those of `also`, where it is given."""
-    want = {f"{t}.{f}" if t else f: tuple(shape) for t, fields in expected.items() for f, shape in fields.items()} | dict(also or {})
+    want = {joined(t, f): tuple(shape) for t, fields in expected.items() for f, shape in fields.items()} | dict(also or {})
     have = {k: v for k, v in contents.named() if also is not None or k not in contents.also}
     both = {k: v for k, v in have.items() if k in want}
     return [

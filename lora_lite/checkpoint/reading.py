@@ -18,13 +18,15 @@ from lora_lite.checkpoint.contents import (
     absent_keys,
     by_target,
     is_own,
+    joined,
     key_problems,
     listed_targets,
+    split,
 )
 from lora_lite.checkpoint.disk import check_place
 from lora_lite.checkpoint.foreign import check_format
 from lora_lite.checkpoint.layout import bare_names, check_entries, digest, non_finite, read_header, read_tensors, strict_json
-from lora_lite.checkpoint.names import match_names, renamed_fingerprint
+from lora_lite.checkpoint.names import match_names
 from lora_lite.checkpoint.words import brief, problem, shown
 from lora_lite.variant import config_from_dict
 from lora_lite.version import __version__
@@ -82,8 +84,9 @@ def look(path: str | os.PathLike[str]) -> Findings:
         file.seek(0)
         flat = read_tensors(source, file, list(head))
     damaged = is_damaged(source, metadata, flat)
-    known = aligned(read_metadata(source, metadata, [DAMAGED] if damaged else []), flat)
-    also, shared = known["also"], known["shared"]
+    known = read_metadata(source, metadata, [DAMAGED] if damaged else [])
+    also, shared, names = known["also"], known["shared"], aligned(flat, known)
+    flat = {names[key]: v for key, v in flat.items()}
     bad = [*shared_problems(flat, shared), *problem("holding NaN or infinity", non_finite(flat))]
     flat |= {key: flat[stored] for key, stored in shared.items() if stored in flat and key not in flat}
     contents = Contents(
@@ -100,26 +103,23 @@ def look(path: str | os.PathLike[str]) -> Findings:
     return Findings(contents, [*key_problems(flat, also), *bad], damaged)
 
 
-def aligned(known: dict[str, Any], flat: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the header says, under the tensors' own keys: a tool that puts `module.` before every key leaves the header as it was."""
-    keys = followed([*known["also"], *known["shared"].values()], flat)
-    also = [keys[name] for name in known["also"]]
-    said = [*(key.rpartition(".")[0] for key in known["shared"]), *listed_targets(known["fingerprint"])]
-    layers = followed(said, by_target({key: v for key, v in flat.items() if key not in set(also)}))
-    shared = {under(layers, key): keys[stored] for key, stored in known["shared"].items()}
-    return known | {"also": also, "shared": shared, "fingerprint": renamed_fingerprint(known["fingerprint"], layers)}
+def aligned(keys: Iterable[str], known: Mapping[str, Any]) -> dict[str, str]:
+    """The file's keys -> what they are by the header's names: a tool that puts `module.` before every key leaves the header as it was.
+
+    The header names layers in the fingerprint and in `shared`. A key stays where none is named like it, or two would become one.
+    """
+    keys, also, shared = list(keys), known["also"], known["shared"]
+    named = [*listed_targets(known["fingerprint"]), *(split(key)[0] for key in (*shared, *shared.values()))]
+    beside, layers = followed(keys, also), followed([split(key)[0] for key in keys], named)
+    found = {key: beside[key] if beside[key] in also else joined(layers[split(key)[0]], split(key)[1]) for key in keys}
+    return found if len(set(found.values())) == len(found) else {key: key for key in keys}
 
 
-def followed(names: Iterable[str], keys: Iterable[str]) -> dict[str, str]:
-    """Names of the header -> the keys that are the same but for wrappers' prefixes; a name stays where two would come to mean one."""
-    found = match_names(dict.fromkeys(names), keys)
+def followed(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    """Names -> those wanted that are the same but for wrappers' prefixes; a name stays where two would come to mean one."""
+    found = match_names(dict.fromkeys(names), wanted)
     times = Counter(found.values())
-    return {name: key if times[key] == 1 else name for name, key in found.items()}
-
-
-def under(layers: Mapping[str, str], key: str) -> str:
-    layer, dot, leaf = key.rpartition(".")
-    return f"{layers[layer]}.{leaf}" if dot else key
+    return {name: meant if times[meant] == 1 else name for name, meant in found.items()}
 
 
 def shared_problems(flat: Mapping[str, Tensor], shared: Mapping[str, str]) -> list[str]:

@@ -23,6 +23,7 @@ from lora_lite.adapter import Adapter
 from lora_lite.checkpoint import (
     DTYPES,
     CheckpointError,
+    aligned,
     check_entries,
     check_format,
     check_place,
@@ -175,10 +176,11 @@ class FileSource:
         self.base_config, self.base = known["config"], known["fingerprint"]
         check_form(str(path), self.base_config)
         self.fields: dict[str, dict[str, str]] = {}  # module -> field -> its key, or that of the tensor which layers share
-        for name, stored in ({name: name for name in head} | known["shared"]).items():
+        keys = {name: key for key, name in aligned(head, known).items()}
+        for name, key in (keys | {name: keys[stored] for name, stored in known["shared"].items()}).items():
             if name not in known["also"]:
                 module, _, field = name.rpartition(".")
-                self.fields.setdefault(module, {})[field] = stored
+                self.fields.setdefault(module, {})[field] = key
         self.modules = list(self.fields)
         left_behind(str(path), known["also"])
 
