@@ -24,7 +24,6 @@ from lora_lite.checkpoint import (
     CheckpointError,
     Contents,
     Findings,
-    absent_keys,
     brief,
     by_target,
     check_entries,
@@ -48,14 +47,8 @@ FIELDS = {"A": "lora_A", "B": "lora_B"}
 SPECTRUM = {"U": "lora_U", "Vh": "lora_Vh", "delta_s": "lora_dS", "S": "S"}
 
 
-def read_any(path: str | os.PathLike[str]) -> Contents:
-    """A file of ours by `checkpoint.read`, or one of the origin systems'. Raises what `checkpoint.read` raises."""
-    found = look_any(path)
-    return found.taken(found.contents, problem("missing", absent_keys(found.contents)))
-
-
 def look_any(path: str | os.PathLike[str]) -> Findings:
-    """`checkpoint.look`, for their files too."""
+    """A file of ours by `checkpoint.look`, or one of the origin systems'. Raises what that raises."""
     check_place(Path(path))
     with open(path, "rb") as file:
         head = read_header(str(path), file)

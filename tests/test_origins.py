@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite.origins import read_any
+from lora_lite.origins import look_any
 from tests.models import llama, mlp, normal
 from tests.references import assert_close, assert_differs, same_bits
 
@@ -133,7 +133,7 @@ BROKEN: dict[str, tuple[dict[str, str], str]] = {
 def test_what_does_not_fit_is_refused(what: str, tmp_path: Path) -> None:
     said, words = BROKEN[what]
     lora_file(tmp_path / "a")
-    contents = read_any(tmp_path / "a")
+    contents = look_any(tmp_path / "a").contents
     tensors = {f"{f[-1]}.{t.replace('.', '__')}": v for t, fields in contents.tensors.items() for f, v in fields.items()}
     save_file(tensors, tmp_path / "b", SAID | said)
     with pytest.raises(ll.CheckpointError, match=words):
@@ -198,9 +198,9 @@ def test_files_of_ours_are_read_as_before(tmp_path: Path) -> None:
     model = base()
     adapter = ll.attach(model, ll.LoRAConfig(r=4), seed=0)
     adapter.save(tmp_path / "a")
-    assert {k: v.shape for k, v in read_any(tmp_path / "a").named()} == {k: v.shape for k, v in adapter.state_dict().items()}
+    assert {k: v.shape for k, v in look_any(tmp_path / "a").contents.named()} == {k: v.shape for k, v in adapter.state_dict().items()}
     with pytest.raises(IsADirectoryError):
-        read_any(tmp_path)
+        look_any(tmp_path)
     save_file({"w": torch.zeros(2)}, tmp_path / "b")
     with pytest.raises(ll.CheckpointError, match="was not saved by lora_lite"):
-        read_any(tmp_path / "b")
+        look_any(tmp_path / "b")
