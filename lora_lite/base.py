@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 
 SAMPLES = 4  # weight values kept per layer: enough to tell two trainings apart, 40 kB of header for 448 layers
 FEW = 3  # names shown of a long list
+WRAPPED = (("module",), ("_orig_mod",), ("base_model", "model"))  # where wrappers keep the model
 PLAIN: Any = Tensor.__torch_dispatch__  # type: ignore[reportAttributeAccessIssue]
 
 
@@ -180,20 +181,34 @@ def _name(dtype: torch.dtype) -> str:
 def fingerprint(model: nn.Module, targets: Mapping[str, nn.Module]) -> dict[str, Any]:
     """What tells this base from another, as JSON holds it; one transfer per device and dtype.
 
-        {"architecture": "LlamaForCausalLM",
+        {"architecture": "LlamaForCausalLM",       (the class inside of wrappers, whose own are named in "wrappers" where there are any)
          "targets": {"model.layers.0.self_attn.q_proj": {"shape": [d_out, d_in], "dtype": "float32", "samples": ["0.125", ...]}}}
 
     Samples are up to four values at even distances through the weight as it is stored, as `repr` writes a float (so NaN is
     JSON too); None where the weight is quantised or computed, since what is stored then says little.
     """
-    samples = _samples(targets)
+    samples, (*wrappers, inmost) = _samples(targets), _inwards(model)
     return {
-        "architecture": type(model).__name__,
+        "architecture": type(inmost).__name__,
+        **({"wrappers": [type(w).__name__ for w in wrappers]} if wrappers else {}),
         "targets": {
             name: {"shape": list(sizes(layer)[::-1]), "dtype": _dtype_name(layer), "samples": samples.get(name)}
             for name, layer in targets.items()
         },
     }
+
+
+def _inwards(model: nn.Module) -> list[nn.Module]:
+    """The model and what it wraps, inwards: by `.module` (data parallel, or anyone's), `_orig_mod`, PEFT's `base_model.model`."""
+    within = next((m for path in WRAPPED if (m := _child(model, *path)) is not None), None)
+    return [model] if within is None else [model, *_inwards(within)]
+
+
+def _child(module: nn.Module | None, *path: str) -> nn.Module | None:
+    """A registered child: transformers' models have a property `base_model` too."""
+    for name in path:
+        module = None if module is None else module._modules.get(name)
+    return module
 
 
 def _dtype_name(layer: nn.Module) -> str:
@@ -244,7 +259,7 @@ def _compared(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[st
     reshaped = [f"{n} {a['shape']}, here {b['shape']}" for n, (a, b) in both.items() if n not in comparable]
     changed = [_contents(n, a, b) for n, (a, b) in comparable.items() if n not in blind and not _same(a, b)]
     differences = [
-        *_architecture(saved["architecture"], now["architecture"]),
+        *_architecture(saved["architecture"], now["architecture"], now.get("wrappers", [])),
         *_several(len(old), "have no layer of that name", [n for n in old if n not in new]),
         *_several(len(old), "have another shape", reshaped),
         *_several(len(old), "hold other weights", changed),
@@ -252,8 +267,9 @@ def _compared(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[st
     return differences, _several(len(old), "are quantised or computed, then or now, so that their contents cannot be compared", blind)
 
 
-def _architecture(saved: str | None, now: str | None) -> list[str]:
-    return [] if saved == now else [f"it was {_an(saved)}, this is {_an(now)}"]
+def _architecture(saved: str | None, now: str | None, wrappers: Sequence[str]) -> list[str]:
+    """Files of before wrappers were looked into have a wrapper's own class."""
+    return [] if saved == now or saved in wrappers else [f"it was {_an(saved)}, this is {_an(now)}"]
 
 
 def _an(noun: str | None) -> str:

@@ -23,15 +23,16 @@ from lora_lite.checkpoint import (
     RESERVED,
     CheckpointError,
     Contents,
+    Findings,
     brief,
     by_target,
     check_entries,
     check_place,
     listed,
+    look,
     non_finite,
     object_from,
     problem,
-    read,
     read_header,
     read_tensors,
     shown,
@@ -46,20 +47,18 @@ FIELDS = {"A": "lora_A", "B": "lora_B"}
 SPECTRUM = {"U": "lora_U", "Vh": "lora_Vh", "delta_s": "lora_dS", "S": "S"}
 
 
-def read_any(path: str | os.PathLike[str]) -> Contents:
-    """A file of ours by `checkpoint.read`, or one of the origin systems'. Raises what `checkpoint.read` raises."""
+def look_any(path: str | os.PathLike[str]) -> Findings:
+    """A file of ours by `checkpoint.look`, or one of the origin systems'. Raises what that raises."""
     check_place(Path(path))
     with open(path, "rb") as file:
         head = read_header(str(path), file)
         metadata: dict[str, str] = head.pop("__metadata__", None) or {}
         reader = None if metadata.get("format") == FORMAT else reader_of(metadata, list(head))
         if reader is None:
-            return read(path)
+            return look(path)
         check_entries(str(path), head)
         file.seek(0)
         flat = read_tensors(str(path), file, list(head))
-    if problems := problem("holding NaN or infinity", non_finite(flat)):
-        raise CheckpointError(f"{path}: {problems[0]}")
     try:
         config, tensors = reader(metadata, {k: widened(v) for k, v in flat.items()})
     except CheckpointError as error:
@@ -67,7 +66,9 @@ def read_any(path: str | os.PathLike[str]) -> Contents:
     except Exception as error:  # anyone may have written the header
         raise CheckpointError(f"{path}: its header cannot be read: {brief(error)}") from error
     beside = {k: v for k, v in metadata.items() if k not in SAID and k not in RESERVED}
-    return Contents(config, tensors, metadata=beside, source=str(path), by=SYSTEMS[reader])
+    says_where = {"targets", "layer_range"} <= metadata.keys()
+    contents = Contents(config, tensors, metadata=beside, source=str(path), by=SYSTEMS[reader], says_where=says_where)
+    return Findings(contents, problem("holding NaN or infinity", non_finite(flat)))
 
 
 Reader = Callable[[Mapping[str, str], dict[str, Tensor]], tuple[AdapterConfig, dict[str, dict[str, Tensor]]]]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite.origins import read_any
-from tests.models import mlp, normal
+from lora_lite.origins import look_any
+from tests.models import llama, mlp, normal
 from tests.references import assert_close, assert_differs, same_bits
 
 NAMES = [f"layers.{i}.{side}" for i in range(1, 3) for side in ("up", "down")]
@@ -133,7 +133,7 @@ BROKEN: dict[str, tuple[dict[str, str], str]] = {
 def test_what_does_not_fit_is_refused(what: str, tmp_path: Path) -> None:
     said, words = BROKEN[what]
     lora_file(tmp_path / "a")
-    contents = read_any(tmp_path / "a")
+    contents = look_any(tmp_path / "a").contents
     tensors = {f"{f[-1]}.{t.replace('.', '__')}": v for t, fields in contents.tensors.items() for f, v in fields.items()}
     save_file(tensors, tmp_path / "b", SAID | said)
     with pytest.raises(ll.CheckpointError, match=words):
@@ -150,13 +150,57 @@ def test_a_layer_that_is_not_whole_is_refused(tmp_path: Path) -> None:
         ll.load(base(), tmp_path / "a")
 
 
+def part_of(source: Path, target: Path, names: list[str], **said: str) -> None:
+    """The file again with tensors for some layers only."""
+    tensors = {k: v for k, v in load_file(source).items() if k.partition(".")[2].replace("__", ".") in names}
+    save_file(tensors, target, {**SAID, **said})
+
+
+@pytest.mark.parametrize("write", [lora_file, pissa_file])
+def test_a_part_of_a_file_is_refused_with_both_counts(write: Any, tmp_path: Path) -> None:
+    """The header says where the layers are; a mismatch was an error there with both counts, and is one here."""
+    write(tmp_path / "a")
+    kind = {"kind": "pissa"} if write is pissa_file else {}
+    part_of(tmp_path / "a", tmp_path / "b", NAMES[:1], **kind)
+    for strict in (True, False):
+        model = base()
+        with pytest.raises(ll.CheckpointError) as caught:
+            ll.load(model, tmp_path / "b", strict_base=strict)
+        said = str(caught.value)
+        assert "means 4 layers of this MLP, the file has 1 (not in the file: layers.1.down, layers.2.up, layers.2.down)" in said, said
+        assert "targets=('up', 'down'), layer_range=(0.34, 1.0)" in said and not ll.adapters(model)
+    part_of(tmp_path / "a", tmp_path / "c", NAMES, **kind, layer_range="0.67,1")
+    with pytest.raises(ll.CheckpointError, match=r"means 2 layers .* the file has 4 \(not meant: layers\.1\.down, layers\.1\.up\)"):
+        ll.load(base(), tmp_path / "c")
+    part_of(tmp_path / "a", tmp_path / "d", NAMES, **kind, targets="q_proj")
+    with pytest.raises(ll.CheckpointError, match=r"its header means no layer here: .*q_proj"):
+        ll.load(base(), tmp_path / "d")
+
+
+def test_a_file_that_is_a_part_of_a_real_model_is_refused(tmp_path: Path) -> None:
+    model, said = llama(), {"r": "4", "alpha": "8", "targets": "all-linear", "layer_range": "0,1"}
+    layers = {t.name: t for t in ll.find_targets(model, ll.LoRAConfig())}
+    flat = {f"{f}.{n.replace('.', '__')}": v for n, t in layers.items() for f, v in (("A", normal(4, t.d_in)), ("B", normal(t.d_out, 4)))}
+    save_file(flat, tmp_path / "whole", said)
+    assert len(ll.load(model, tmp_path / "whole").targets) == 14
+    part = {k: v for k, v in flat.items() if "0__self_attn__q_proj" in k}
+    save_file(part, tmp_path / "part", said)
+    with pytest.raises(ll.CheckpointError, match=r"means 14 layers of this LlamaForCausalLM, the file has 1 \(not in .* and 8 more\)"):
+        ll.load(llama(), tmp_path / "part")
+    save_file(flat | {"A.x__y": torch.ones(4, 2), "B.x__y": torch.ones(2, 4)}, tmp_path / "more", said)
+    with pytest.raises(ll.CheckpointError, match=r"unexpected: x\.y\.lora_A.*means 14 layers .* the file has 15 \(not meant: x\.y\)"):
+        ll.load(llama(), tmp_path / "more")
+    save_file(part, tmp_path / "untold", {k: said[k] for k in ("r", "alpha")})  # a header that does not say where may mean these
+    assert len(ll.load(llama(), tmp_path / "untold").targets) == 1
+
+
 def test_files_of_ours_are_read_as_before(tmp_path: Path) -> None:
     model = base()
     adapter = ll.attach(model, ll.LoRAConfig(r=4), seed=0)
     adapter.save(tmp_path / "a")
-    assert {k: v.shape for k, v in read_any(tmp_path / "a").named()} == {k: v.shape for k, v in adapter.state_dict().items()}
+    assert {k: v.shape for k, v in look_any(tmp_path / "a").contents.named()} == {k: v.shape for k, v in adapter.state_dict().items()}
     with pytest.raises(IsADirectoryError):
-        read_any(tmp_path)
+        look_any(tmp_path)
     save_file({"w": torch.zeros(2)}, tmp_path / "b")
     with pytest.raises(ll.CheckpointError, match="was not saved by lora_lite"):
-        read_any(tmp_path / "b")
+        look_any(tmp_path / "b")

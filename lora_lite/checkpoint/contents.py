@@ -40,19 +40,43 @@ class Contents:
     calibrated: dict[str, Any] = field(default_factory=dict)  # how far c can go, as steering found it
     source: str = "the file"  # where it was read from, for messages
     by: str = ""  # what wrote it, such as "lora_lite 0.1.0"
+    says_where: bool = False  # its layers are all those that its config finds on its base: an origin's header says so, ours does not
 
     def named(self) -> list[tuple[str, Tensor]]:
         """Every tensor under its key in the file. A target without a name is the model itself."""
-        own = [(f"{t}.{f}" if t else f, v) for t, fields in self.tensors.items() for f, v in fields.items()]
+        own = [(joined(t, f), v) for t, fields in self.tensors.items() for f, v in fields.items()]
         return own + list(self.also.items())
 
 
 def by_target(flat: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     tensors: dict[str, dict[str, Tensor]] = {}
     for name, v in flat.items():
-        target, _, leaf = name.rpartition(".")
+        target, leaf = split(name)
         tensors.setdefault(target, {})[leaf] = v
     return tensors
+
+
+def split(key: str) -> tuple[str, str]:
+    """(layer, field) of a key; the model itself has no name."""
+    layer, _, leaf = key.rpartition(".")
+    return layer, leaf
+
+
+def joined(layer: str, leaf: str) -> str:
+    return f"{layer}.{leaf}" if layer else leaf
+
+
+def absent_keys(contents: Contents) -> list[str]:
+    """The keys of layers that the fingerprint lists, the targets, of which nothing is there: the fields are those that others have."""
+    fields = next(iter(contents.tensors.values()), {})
+    absent = [t for t in listed_targets(contents.fingerprint) if t not in contents.tensors]
+    return [joined(t, f) for t in absent for f in fields]
+
+
+def listed_targets(fingerprint: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a fingerprint says by layer; nothing where it is none, or none that can be read."""
+    targets = (fingerprint or {}).get("targets")
+    return targets if isinstance(targets, dict) else {}
 
 
 def key_problems(flat: Mapping[str, Tensor], also: Iterable[str]) -> list[str]:

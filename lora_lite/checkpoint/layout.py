@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO, NoReturn
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_lite.checkpoint.contents import CheckpointError
 from lora_lite.checkpoint.foreign import foreign
+from lora_lite.checkpoint.names import strip_prefixes
 from lora_lite.checkpoint.words import brief, listed, problem
 
 HEADER_LIMIT = 100_000_000  # safetensors' own
@@ -50,9 +51,12 @@ def raw(v: Tensor) -> memoryview:
     return whole.data if sys.byteorder == "little" else whole.reshape(-1, v.itemsize)[:, ::-1].ravel().data
 
 
-def digest(metadata: Mapping[str, str], flat: Mapping[str, Tensor]) -> str:
-    """sha256 over all metadata but itself and all tensors, each by sorted name, each part after its length in 8 bytes."""
-    total = hashlib.sha256()
+def digest(metadata: Mapping[str, str], flat: Mapping[str, Tensor], names: Mapping[str, str] | None = None) -> str:
+    """sha256 over all metadata but itself and all tensors, each by sorted name, each part after its length in 8 bytes.
+
+    Tensors go by their keys without wrappers' prefixes: a file whose keys a tool put `module.` before is no damaged file.
+    """
+    total, names = hashlib.sha256(), names or bare_names(flat)
 
     def add(*texts: str, last: bytes | memoryview = b"") -> None:
         parts = [*(text.encode() for text in texts), last]
@@ -61,10 +65,16 @@ def digest(metadata: Mapping[str, str], flat: Mapping[str, Tensor]) -> str:
 
     for key in sorted(metadata.keys() - {"sha256"}):
         add(key, last=metadata[key].encode())
-    for name in sorted(flat):
+    for name in sorted(flat, key=names.__getitem__):
         v = flat[name]
-        add(name, DTYPES[v.dtype], ",".join(map(str, v.shape)), last=raw(v))
+        add(names[name], DTYPES[v.dtype], ",".join(map(str, v.shape)), last=raw(v))
     return total.hexdigest()
+
+
+def bare_names(keys: Iterable[str]) -> dict[str, str]:
+    """Keys -> themselves without wrappers' prefixes; all as they are where two would become one."""
+    bare = {key: strip_prefixes(key) for key in keys}
+    return bare if len(set(bare.values())) == len(bare) else {key: key for key in bare}
 
 
 def read_header(source: str, file: BinaryIO) -> dict[str, Any]:

@@ -3,19 +3,60 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from lora_lite.checkpoint.contents import RESERVED, CheckpointError, Contents, by_target, key_problems
+from lora_lite.checkpoint.contents import (
+    RESERVED,
+    CheckpointError,
+    Contents,
+    absent_keys,
+    by_target,
+    is_own,
+    joined,
+    key_problems,
+    listed_targets,
+    split,
+)
 from lora_lite.checkpoint.disk import check_place
 from lora_lite.checkpoint.foreign import check_format
-from lora_lite.checkpoint.layout import check_entries, digest, non_finite, read_header, read_tensors, strict_json
+from lora_lite.checkpoint.layout import bare_names, check_entries, digest, non_finite, read_header, read_tensors, strict_json
+from lora_lite.checkpoint.names import match_names
 from lora_lite.checkpoint.words import brief, problem, shown
 from lora_lite.variant import config_from_dict
 from lora_lite.version import __version__
+
+DAMAGED = "its contents are not those that were saved (sha256)"
+WAY_OUT = "Take another copy; if it was edited on purpose, remove sha256 and library_version from its header"
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What was read, and all that is wrong with it so far: what a model finds is said in the same error, `taken` raises it."""
+
+    contents: Contents
+    problems: list[str] = field(default_factory=list)
+    damaged: bool = False  # another hash than when it was saved
+
+    def taken(self, contents: Contents, misfits: Sequence[str] = (), question: str = "") -> Contents:
+        """`contents`, which are these under other names perhaps. Raises one CheckpointError with everything that is wrong."""
+        what, question = ("does not fit", question) if misfits else ("is not an adapter as it stands", "")
+        check_whole(self.contents.source, what, [*misfits, *self.problems], self.damaged, question)
+        return contents
+
+
+def check_whole(source: str, what: str, problems: Sequence[str], damaged: bool, question: str = "") -> None:
+    """Raise one CheckpointError with the problems and whether the contents are others than were saved, or return."""
+    more = f"{DAMAGED}. {WAY_OUT}" if damaged else question
+    if problems:
+        raise CheckpointError(f"{source} {what}: {'; '.join(problems)}.{f' {more[0].upper()}{more[1:]}' if more else ''}")
+    if damaged:
+        raise CheckpointError(f"{source} is damaged: {more}")
 
 
 def read(path: str | os.PathLike[str]) -> Contents:
@@ -23,6 +64,15 @@ def read(path: str | os.PathLike[str]) -> Contents:
 
     The file is opened once, so that one replaced meanwhile is read whole, and its tensors do not depend on it afterwards.
     Raises FileNotFoundError, IsADirectoryError, or CheckpointError saying what the file is and what to do.
+    """
+    found = look(path)
+    return found.taken(found.contents, problem("missing", absent_keys(found.contents)))
+
+
+def look(path: str | os.PathLike[str]) -> Findings:
+    """What `read` reads, with the problems of its keys, its values and its hash beside it: a model may find more.
+
+    Raises at once what leaves nothing to look at: no safetensors file, another format, a header that cannot be read.
     """
     source, path = str(path), Path(path)
     check_place(path)
@@ -33,16 +83,16 @@ def read(path: str | os.PathLike[str]) -> Contents:
         check_entries(source, head)
         file.seek(0)
         flat = read_tensors(source, file, list(head))
-    check_digest(source, metadata, flat)
-    known = read_metadata(source, metadata)
-    bad, flat = non_finite(flat), with_shared(source, flat, known["shared"])
-    also: list[str] = known["also"]
-    if problems := key_problems(flat, also) + problem("holding NaN or infinity", bad):
-        raise CheckpointError(f"{source} is not an adapter as it stands: {'; '.join(problems)}")
-    return Contents(
+    damaged = is_damaged(source, metadata, flat)
+    known = read_metadata(source, metadata, [DAMAGED] if damaged else [])
+    also, shared, names = known["also"], known["shared"], aligned(flat, known)
+    flat = {names[key]: v for key, v in flat.items()}
+    bad = [*shared_problems(flat, shared), *problem("holding NaN or infinity", non_finite(flat))]
+    flat |= {key: flat[stored] for key, stored in shared.items() if stored in flat and key not in flat}
+    contents = Contents(
         known["config"],
-        by_target({name: v for name, v in flat.items() if name not in set(also)}),
-        {name: flat[name] for name in also},
+        by_target({name: v for name, v in flat.items() if is_own(name) and name not in set(also)}),
+        {name: flat[name] for name in also if name in flat},
         known["fingerprint"],
         {k: v for k, v in metadata.items() if k not in RESERVED},
         known["diagnostics"],
@@ -50,40 +100,58 @@ def read(path: str | os.PathLike[str]) -> Contents:
         source,
         f"lora_lite {metadata['library_version']}" if "library_version" in metadata else "hand",
     )
+    return Findings(contents, [*key_problems(flat, also), *bad], damaged)
 
 
-def with_shared(source: str, flat: dict[str, Tensor], shared: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors, and under its other keys each one that layers share: the same object, which stays one Parameter."""
-    problems = [
+def aligned(keys: Iterable[str], known: Mapping[str, Any]) -> dict[str, str]:
+    """The file's keys -> what they are by the header's names: a tool that puts `module.` before every key leaves the header as it was.
+
+    The header names layers in the fingerprint and in `shared`. A key stays where none is named like it, or two would become one.
+    """
+    keys, also, shared = list(keys), known["also"], known["shared"]
+    named = [*listed_targets(known["fingerprint"]), *(split(key)[0] for key in (*shared, *shared.values()))]
+    beside, layers = followed(keys, also), followed([split(key)[0] for key in keys], named)
+    found = {key: beside[key] if beside[key] in also else joined(layers[split(key)[0]], split(key)[1]) for key in keys}
+    return found if len(set(found.values())) == len(found) else {key: key for key in keys}
+
+
+def followed(names: Iterable[str], wanted: Iterable[str]) -> dict[str, str]:
+    """Names -> those wanted that are the same but for wrappers' prefixes; a name stays where two would come to mean one."""
+    found = match_names(dict.fromkeys(names), wanted)
+    times = Counter(found.values())
+    return {name: meant if times[meant] == 1 else name for name, meant in found.items()}
+
+
+def shared_problems(flat: Mapping[str, Tensor], shared: Mapping[str, str]) -> list[str]:
+    return [
         *problem("shared, and there by themselves too", [k for k in shared if k in flat]),
         *problem("shared with a tensor that is not there", [k for k, stored in shared.items() if stored not in flat]),
     ]
-    if problems:
-        raise CheckpointError(f"{source} is not an adapter as it stands: {'; '.join(problems)}")
-    return flat | {key: flat[stored] for key, stored in shared.items()}
 
 
-def check_digest(source: str, metadata: Mapping[str, str], flat: Mapping[str, Tensor]) -> None:
-    """Files of ours carry a hash. One written by hand may do without, but then without `library_version` too: a damaged
-    key "sha256" must not pass for a file that never had one."""
+def is_damaged(source: str, metadata: Mapping[str, str], flat: Mapping[str, Tensor]) -> bool:
+    """Whether the contents are others than those that were saved.
+
+    Files of ours carry a hash. One written by hand may do without, but then without `library_version` too: a damaged key
+    "sha256" must not pass for a file that never had one. Raises CheckpointError for such a one.
+    """
     if ("sha256" in metadata) != ("library_version" in metadata):
         found = "sha256" if "sha256" in metadata else "library_version"
         raise CheckpointError(
             f"{source} is damaged: its header has {found} alone; it holds sha256 and library_version, or, written by hand, neither"
         )
+    if "sha256" not in metadata:
+        return False
+    bare = bare_names(flat)
+    ways = [bare] if all(name == key for key, name in bare.items()) else [bare, {key: key for key in flat}]  # 0.1.0 hashed whole keys
     try:
-        wrong = "sha256" in metadata and metadata["sha256"] != digest(metadata, flat)
+        return all(metadata["sha256"] != digest(metadata, flat, names) for names in ways)
     except UnicodeEncodeError:
-        wrong = True
-    if wrong:
-        raise CheckpointError(
-            f"{source} is damaged: its contents are not those that were saved (sha256). Take another copy; if it was edited on "
-            "purpose, remove sha256 and library_version from its header"
-        )
+        return True
 
 
-def read_metadata(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Our entries of the header as values, or one error with everything that is wrong with them."""
+def read_metadata(source: str, metadata: Mapping[str, str], known: Sequence[str] = ()) -> dict[str, Any]:
+    """Our entries of the header as values, or one error with everything that is wrong with them, and what is known to be already."""
     values: dict[str, Any] = {"also": [], "fingerprint": None, "diagnostics": {}, "calibrated": {}, "shared": {}}
     problems = [] if "config" in metadata else ["config is missing"]
     for key, parse in PARSERS.items():
@@ -94,7 +162,7 @@ def read_metadata(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
                 problems.append(f"{key} {shown(metadata[key])} cannot be read: {brief(error)}")
     if problems:
         by = shown(metadata.get("library_version", "hand"))
-        raise CheckpointError(f"{source} (written by {by}; this is lora_lite {__version__}): {'; '.join(problems)}")
+        raise CheckpointError(f"{source} (written by {by}; this is lora_lite {__version__}): {'; '.join([*problems, *known])}")
     return values
 
 

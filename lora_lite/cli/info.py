@@ -12,8 +12,7 @@ from torch import Tensor
 
 from lora_lite.checkpoint import CheckpointError, shown, strip_prefixes
 from lora_lite.config import AdapterConfig
-from lora_lite.fitting import UNMISTAKABLE, layer_sizes_said
-from lora_lite.origins import read_any
+from lora_lite.fitting import UNMISTAKABLE, for_showing
 from lora_lite.peft_format.folder import CONFIG, Folder, key_pattern, read_folder
 from lora_lite.peft_format.methods import method_candidates
 from lora_lite.peft_format.reading import known_methods
@@ -28,8 +27,8 @@ def info(path: Path) -> dict[str, Any]:
 
 
 def of_file(path: Path) -> dict[str, Any]:
-    contents = read_any(path)
-    config, sizes = contents.config, layer_sizes_said(contents)
+    contents, sizes = for_showing(path)
+    config = contents.config
     layers = {t: layer(p, sizes[t], trained(config, t, sizes[t] or UNMISTAKABLE)) for t, p in contents.tensors.items()}
     return {
         "file": str(path), "written_by": contents.by, "variant": config.variant, "config": config.to_dict(),

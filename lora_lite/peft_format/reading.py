@@ -20,7 +20,7 @@ from lora_lite.base import fingerprint, is_linear, sizes
 from lora_lite.checkpoint import CheckpointError, Contents, brief, check_tensors, listed, match_names, problem, shown, strip_prefixes
 from lora_lite.config import AdapterConfig
 from lora_lite.dial import Coefficient
-from lora_lite.fitting import check_also, check_base, fitted
+from lora_lite.fitting import check_base, fitted, shapes_beside
 from lora_lite.peft_format.folder import Folder, key_pattern, read_folder, shared_pattern
 from lora_lite.peft_format.matching import named_layers, placed
 from lora_lite.peft_format.methods import INERT, METHODS, OFF, Method, method_candidates
@@ -47,7 +47,6 @@ def from_peft(
     model = unwrapped(model)
     found = read_folder(folder)
     contents, layer_sizes = converted(model, found, part)
-    check_also(found.source, model, contents.also)
     now = fingerprint(model, {t: model.get_submodule(t) for t in contents.tensors})
     if found.fingerprint is not None:
         check_base(found.source, restricted(found.fingerprint, layer_sizes), now, strict_base)
@@ -90,7 +89,8 @@ def converted(model: nn.Module, found: Folder, part: str | None) -> tuple[Conten
     config = placed(dataclasses.replace(config, dtype=dtype), found.config, model, here)
     layer_sizes = {t: (at.d_in, at.d_out) for t, at in ats.items()}
     also = sorted_keys.also if here[0] == named[0] else {}  # once, though two parts be loaded
-    return fitted(Contents(config, tensors, also, metadata=found.metadata, source=found.source), layer_sizes), layer_sizes
+    contents = Contents(config, tensors, also, metadata=found.metadata, source=found.source)
+    return fitted(contents, layer_sizes, shapes_beside(model, also)), layer_sizes
 
 
 def common_dtype(tensors: Mapping[str, Mapping[str, Tensor]]) -> torch.dtype:
@@ -107,10 +107,6 @@ def check_shapes(found: Folder, method: Method, ats: Mapping[str, At], tensors: 
     expected = {t: expected_shapes(found, method, at) for t, at in ats.items()}
     ends = {t: {every_key(method).get(field, field): v for field, v in fields.items()} for t, fields in tensors.items()}
     check_tensors(Contents(AdapterConfig(), ends, source=found.source), expected)
-    if wrong := problem(
-        "whose values are no floats", [f"{t}.{e}" for t, p in ends.items() for e, v in p.items() if not v.is_floating_point()]
-    ):
-        raise CheckpointError(f"{found.source}: {wrong[0]}")
 
 
 def expected_shapes(found: Folder, method: Method, at: At) -> dict[str, tuple[int, ...]]:

@@ -26,6 +26,7 @@ from lora_lite.checkpoint import (
     in_place,
     make_folder,
     non_finite,
+    problem,
     raw,
     read_header,
     read_tensors,
@@ -142,13 +143,14 @@ def read(path: str | os.PathLike[str]) -> State:
         check_entries(source, head)
         file.seek(0)
         flat = read_tensors(source, file, list(head))
-    checkpoint.check_digest(source, metadata, flat)
-    if bad := non_finite(flat):
-        raise CheckpointError(f"{source} is not a subspace as it stands: {bad[:5]} hold NaN or infinity")
+    problems = problem("holding NaN or infinity", non_finite(flat))
     try:
-        return restored(strict_json(metadata["subspace"]), flat)
+        state = restored(strict_json(metadata["subspace"]), flat)
     except Exception as error:  # JSON that anyone may have written
-        raise CheckpointError(f"{source}: its header does not describe its tensors: {brief(error)}") from error
+        state, problems = None, [f"its header does not describe its tensors: {brief(error)}", *problems]
+    checkpoint.check_whole(source, "is not a subspace as it stands", problems, checkpoint.is_damaged(source, metadata, flat))
+    assert state is not None
+    return state
 
 
 def check_ours(source: str, metadata: Mapping[str, str], head: Mapping[str, Any]) -> None:

@@ -18,15 +18,17 @@ from loguru import logger
 from safetensors import safe_open
 from torch import Tensor
 
+from lora_lite import fitting
 from lora_lite.adapter import Adapter
 from lora_lite.checkpoint import (
     DTYPES,
     CheckpointError,
-    check_digest,
+    aligned,
     check_entries,
     check_format,
     check_place,
     finite,
+    is_damaged,
     listed,
     read_header,
     read_metadata,
@@ -167,16 +169,21 @@ class FileSource:
             check_format(str(path), metadata, list(head))
             check_entries(str(path), head)
             self.tensors = TensorsOf(self.path, head, file)
+        with self.tensors:
+            damaged = is_damaged(str(path), metadata, self.tensors)
+        if damaged or "sha256" not in metadata:  # what no hash vouches for is read whole, and refused with all that is wrong with it
+            fitting.for_showing(path)
+        if damaged:
+            raise CheckpointError(f"{path} has changed since it was opened; start again")
         known = read_metadata(str(path), metadata)
         self.base_config, self.base = known["config"], known["fingerprint"]
         check_form(str(path), self.base_config)
-        with self.tensors:
-            check_digest(str(path), metadata, self.tensors)
         self.fields: dict[str, dict[str, str]] = {}  # module -> field -> its key, or that of the tensor which layers share
-        for name, stored in ({name: name for name in head} | known["shared"]).items():
+        keys = {name: key for key, name in aligned(head, known).items()}
+        for name, key in (keys | {name: keys[stored] for name, stored in known["shared"].items()}).items():
             if name not in known["also"]:
                 module, _, field = name.rpartition(".")
-                self.fields.setdefault(module, {})[field] = stored
+                self.fields.setdefault(module, {})[field] = key
         self.modules = list(self.fields)
         left_behind(str(path), known["also"])
 
