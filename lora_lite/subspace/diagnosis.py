@@ -183,7 +183,7 @@ def bases(space: Space, updates: Sequence[Update], kb: int, ka: int) -> tuple[Fr
     found = []
     for X, k in zip(rows(space, updates), (kb, ka), strict=True):
         if space == "flat":
-            found.append(side("flat", Policy(num_components=k), X, torch.float64))
+            found.append(side("flat", Policy(num_components=k), X, torch.float64).cut(k))
         else:
             U, energy = leading(X, lambda spectrum, total, k=k: min(k, len(spectrum)), k)
             found.append(Frame(U, None, energy))
