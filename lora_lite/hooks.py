@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
@@ -93,7 +93,7 @@ class Hook:
         of DDP at c = 0 must take part in the reduction, and a checkpoint must save as many tensors as its recompute."""
         if "_is_replica" in layer.__dict__:
             raise replicated(self.path)
-        if not torch.is_grad_enabled():
+        if not is_grad_enabled():
             return None
         first = [p.reshape(-1)[0] for name in self.trained if (p := layer._parameters[name]) is not None and p.requires_grad]
         if not first:
@@ -116,15 +116,17 @@ class Hook:
         """
         if y is None and self.site == "output":
             y, kwargs = kwargs, {}
-        x = args[0] if args else next(iter(kwargs.values()))
         if is_compiling():  # names of this module: looking them up in torch takes 0.5 us of a layer's 9
-            return self.traced(layer, x, y)
+            return self.traced(layer, args[0] if args else next(iter(kwargs.values())), y)
         dial = self.dial
-        dial.calls += 1
         stack = DIALS.get().get(dial)
         setting = stack[-1] if stack else dial.rest
         if setting.task != current_task():
             dial.stale(setting)
+        if setting.off and not is_grad_enabled() and "_is_replica" not in layer.__dict__:
+            return None  # what `anchored` would say; this is all that a shut adapter costs a layer
+        dial.calls += 1
+        x = args[0] if args else next(iter(kwargs.values()))
         try:
             if setting.off:
                 return self.anchored(layer, x if y is None else y)
@@ -220,7 +222,7 @@ class LowRankHook(Hook):
             and not nn.modules.module._global_forward_hooks
             and type(y) is Tensor
             and y.is_contiguous()
-            and not (torch.is_grad_enabled() and y._is_view())
+            and not (is_grad_enabled() and y._is_view())
             and not watched()
         )
 
