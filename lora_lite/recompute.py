@@ -18,10 +18,11 @@ from lora_lite.dial import DIALS, MOVED, Dial, Setting, Slot, current_task, live
 
 
 class Captured(NamedTuple):
-    """What a forward found: c, and where the hooks were (by how often they had been put on or off)."""
+    """What a forward found: c, and where the hooks were (by how often they had been put on or off, and called)."""
 
     setting: Setting
     places: int
+    calls: int
 
 
 Snapshot = Mapping[Dial, Captured]
@@ -30,7 +31,7 @@ _installed: bool | None = None
 
 def capture() -> Snapshot:
     """Every adapter's c as it is in force now."""
-    return {dial: Captured(dial.setting(), dial.places) for dial in live()}
+    return {dial: Captured(dial.setting(), dial.places, dial.calls) for dial in live()}
 
 
 def replay(snapshot: Snapshot, function: Callable[..., Any], ran: Collection[Dial] = ()) -> Callable[..., Any]:
@@ -93,9 +94,9 @@ def _patch_reentrant() -> bool:
 
     @functools.wraps(original)
     def forward(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:
-        snapshot, before = capture(), {dial: dial.calls for dial in live()}
+        snapshot = capture()
         output = original(ctx, run_function, *args)
-        ran = [dial for dial in snapshot if dial.calls != before.get(dial)]
+        ran = [dial for dial, then in snapshot.items() if dial.calls != then.calls]
         after = {dial: then._replace(places=dial.places) for dial, then in snapshot.items()}  # what it moved itself it moves again
         ctx.run_function = replay(after, ctx.run_function, ran)
         return output

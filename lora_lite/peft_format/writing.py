@@ -229,10 +229,10 @@ def saved_beside(adapter: Adapter) -> Tensors:
 def whole_modules(adapter: Adapter) -> Tensors:
     """Every parameter of the modules that have one in `train_also`: PEFT saves and loads modules, and fails where one lacks a part."""
     found: Tensors = {}
-    for name in (n.rpartition(".")[0] for n in adapter.also()):
+    for name in {n.rpartition(".")[0]: None for n in adapter.also()}:
         assert adapter.model is not None  # check_untied has refused
         module = adapter.model.get_submodule(name)
-        found |= {".".join(filter(None, (name, n))): p for n, p in module.named_parameters()}
+        found |= {f"{name}.{n}": p for n, p in module.named_parameters()}
         if buffers := set(module.state_dict()) - {n for n, _ in module.named_parameters()}:
             raise CheckpointError(f"not saved: {name} has buffers, {listed(sorted(buffers))}, and modules_to_save holds parameters here")
     return found | adapter.also()
