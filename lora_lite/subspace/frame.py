@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from lora_lite.products import times
 from lora_lite.subspace.packed import Stored, dense, wide
 
 CHUNK = 2**18  # numbers of a data matrix in float64 at a time, 2 MiB: they are to stay in the processor's cache
@@ -143,7 +144,7 @@ def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int, more: More = none) -
     n, d = X.shape
     block, total = k + 8, float(torch.linalg.vector_norm(X)) ** 2
     new, probes = drawn(block, d, X.dtype, X.device)
-    K, (seen, probed) = new, (torch.cat([new, probes]) @ X.T).split([block, PROBES])  # K X^T: X K^T takes a third longer
+    K, (seen, probed) = new, times(torch.cat([new, probes]), X).split([block, PROBES])
     while len(K) <= min(n, d) // 4:
         if len(K) > block:
             values, vectors = torch.linalg.eigh(gram(seen))
@@ -155,11 +156,11 @@ def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int, more: More = none) -
                 if float(gain(values, rest.square().mean(0).sqrt())) <= SETTLED * float(values[:wanted].sum()):
                     weak = bool(wanted) and float(values[wanted - 1]) < WEAK * float(values[0])
                     turn = torch.cat([turn, further])
-                    return None if weak else (orthonormal((turn.to(K.dtype) @ K).double()), values[: len(turn)])
-        new = seen[-block:] @ X
+                    return None if weak else (orthonormal(times(turn.to(K.dtype), K.T).double()), values[: len(turn)])
+        new = times(seen[-block:], X.T)
         for _ in range(2):  # as in `outside`
-            new = orthonormal(new - (new @ K.T) @ K)
-        K, seen = torch.cat([K, new]), torch.cat([seen, new @ X.T])
+            new = orthonormal(new - times(times(new, K), K.T))
+        K, seen = torch.cat([K, new]), torch.cat([seen, times(new, X)])
     return None
 
 
