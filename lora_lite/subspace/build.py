@@ -85,10 +85,10 @@ def build_layer(kind: Kind, policy: Policy, tasks: Sequence[str], stacks: Sequen
         k = min(f.k for f in frames)
         frames = [f.cut(k) for f in frames]
     b, a = frames
-    wide_b, wide_a = (dataclasses.replace(f, components=wide(f.components)) for f in frames)  # once for all
     if kind == "flat":
-        coded = [both(encode_rows(wide_b, rows[0], dtype), encode_rows(wide_a, rows[1], dtype))]
+        coded = [both(encode_rows(b, rows[0], dtype), encode_rows(a, rows[1], dtype))]
     else:
+        wide_b, wide_a = (dataclasses.replace(f, components=wide(f.components)) for f in frames)  # once for all
         coded = [encode(kind, wide_b, wide_a, x, dtype) for x in stacks]
     parts = tuple(torch.cat(column) for column in zip(*(c.parts for c in coded), strict=True))
     energy = torch.cat([c.energy for c in coded])

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from lora_lite.subspace.block import Block
 from lora_lite.subspace.frame import Frame, columns
-from lora_lite.subspace.packed import wide
 
 Kind = Literal["core", "factors", "diag", "flat"]
 Parts = tuple[Tensor, ...]
@@ -85,16 +84,18 @@ def encode_flat(b: Frame, a: Frame, block: Block, dtype: torch.dtype) -> Coded:
 
 def encode_rows(frame: Frame, rest: Float[Tensor, "n d"], dtype: torch.dtype) -> Coded:
     """One side in space "flat", of rows that the mean was taken from."""
-    U, mean = wide(frame.components), frame.centre()
+    U, mean = frame.basis(), frame.centre()
     assert mean is not None
-    seen, energy, off = U.new_zeros(len(rest), frame.k), U.new_zeros(len(rest)), U.new_zeros(len(rest))
+    mean, n = mean.double(), len(rest)
+    seen, along, off = mean.new_zeros(frame.k, n), mean.new_zeros(n), mean.new_zeros(n)
     for where, part in columns(rest):
-        seen.addmm_(part, U[:, where].T)
+        seen.addmm_(U[:, where].double(), part.T)  # part U^T takes 1.6 times as long
+        along.addmv_(part, mean[where])
         off += torch.linalg.vector_norm(part, dim=1).square()
-        energy += torch.linalg.vector_norm(part + mean[where], dim=1).square()
-    loadings = (torch.linalg.solve(frame.metric, seen.T).T if frame.k else seen).to(dtype)
+    energy = (off + 2 * along + mean @ mean).clamp(min=0)  # with the mean put back
+    loadings = (torch.linalg.solve(frame.metric, seen).T if frame.k else seen.T).to(dtype).contiguous()
     held = loadings.double()
-    off += ((held @ frame.metric - 2 * seen) * held).sum(1)
+    off += ((held @ frame.metric - 2 * seen.T) * held).sum(1)
     return Coded((loadings,), energy, off.clamp(min=0))
 
 

@@ -24,6 +24,7 @@ SMALL = 256  # rows: below, all directions are found at once
 SETTLED = 1e-5  # of the energy caught: one more step of the iteration would bring less
 PROBES = 8  # random vectors whose products with a vector tell its length
 START = 1504_05477  # a seed that no one else is likely to make up data with
+STRONG = 1e-3  # of the strongest direction's energy: from there on, products in float32 leave directions orthonormal to 1e-5
 WEAK = 1e-6  # of the strongest direction's energy (1e-3 of its singular value): what float32 products may lose
 Choose = Callable[[Tensor, float], int]  # eigenvalues, descending, of this total -> how many to keep
 More = Callable[[int], int]  # how many are kept -> how many to hold beyond those
@@ -72,8 +73,7 @@ class Frame:
     @cached_property
     def metric(self) -> Float[Tensor, "k k"]:
         """Inner products between the directions: one but for rounding, unless quantised."""
-        U = wide(self.components)
-        return U @ U.T
+        return gram(self.basis())
 
     def cut(self, k: int) -> Frame:
         rest = self.rest + float(self.energy[k:].sum()) if self.mean is not None else 0.0
@@ -94,28 +94,35 @@ def columns(X: Float[Tensor, "n d"], dtype: torch.dtype = torch.float64) -> Iter
 
 
 def gram(X: Float[Tensor, "n d"], dtype: torch.dtype = torch.float64) -> Float[Tensor, "n n"]:
-    """X X^T."""
-    total = X.new_zeros(len(X), len(X), dtype=dtype)
+    """X X^T, of which one quarter is the mirror of another: a fifth less time, where there are many rows."""
+    total, half = X.new_zeros(len(X), len(X), dtype=dtype), len(X) // 2 if len(X) >= SMALL // 4 else 0
     for _, part in columns(X, dtype):
-        total.addmm_(part, part.T)
+        if half:
+            total[:half, :half].addmm_(part[:half], part[:half].T)
+        total[half:].addmm_(part[half:], part.T)
+    total[:half, half:] = total[half:, :half].T
     return total
 
 
 def principal(X: Float[Tensor, "n d"], choose: Choose, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading directions of the rows of X: components (k, d) in float64, their energies (k,), and the whole spectrum."""
+    """The leading directions of the rows of X: components (k, d), their energies (k,), and the whole spectrum.
+
+    In float64; in X's float32 where each is STRONG: no nearer to them could it be kept."""
     n, d = X.shape
     values, vectors = torch.linalg.eigh(gram(X if n <= d else X.T, dtype))
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     k = min(choose(values, float(values.sum())), int((values > NOISE * values[0]).sum()) if len(values) else 0)
     if n > d:
         return orthonormal(vectors[:, :k].T), values[:k], values
-    U, back = X.new_empty(k, d, dtype=dtype), (vectors[:, :k] / values[:k].sqrt()).T
+    back = (vectors[:, :k] / values[:k].sqrt()).T
+    weakest = float(values[k - 1] / values[0]) if k else 0.0
+    rounded = X.dtype is torch.float32 and dtype is torch.float64  # to what is lost of 1e-16 of the strongest in `weakest`
+    if rounded and weakest > STRONG:
+        return times(back.to(X.dtype), X.T), values[:k], values
+    U = X.new_empty(k, d, dtype=dtype)
     for where, part in columns(X, dtype):
         U[:, where] = back @ part
-    rounded = X.dtype is torch.float32 and dtype is torch.float64  # to 1e-8 in the strong directions, which float32 cannot hold
-    if not (rounded and k and float(values[k - 1]) > WEAK * float(values[0])):
-        U = orthonormal(U)
-    return U, values[:k], values
+    return U if rounded and weakest > WEAK else orthonormal(U), values[:k], values
 
 
 def leading(
@@ -210,15 +217,24 @@ def extended(W: Float[Tensor, "kn d"], k: int, noise: float) -> tuple[Float[Tens
         Q = outside(upright(W[:k])[0], W[k:].T, noise)
     else:
         along = torch.linalg.solve(G[:k, :k], G[:k, k:])
-        strength, mixing = torch.linalg.eigh(G[k:, k:] - G[k:, :k] @ along)
-        real = strength > noise**2 * float(G.diagonal()[k:].sum())
-        whitening = (mixing[:, real] / strength[real].sqrt()).T.flip(0)[: W.shape[1] - k]
+        whitening = whitened(G[k:, k:] - G[k:, :k] @ along, noise**2 * float(G.diagonal()[k:].sum()))[: W.shape[1] - k]
         Q = torch.cat([-whitening @ along.T, whitening], dim=1) @ W
     m = k + len(Q)
     W, G = W[:m], G[:m, :m]
     W[k:] = Q
     G[k:] = Q @ W.T  # the lower triangle is all that is read
     return W, torch.linalg.cholesky(G)
+
+
+def whitened(G: Float[Tensor, "n n"], least: float) -> Float[Tensor, "q n"]:
+    """M with M G M^T = 1, of what is stronger than `least`: by Cholesky, in half the time, where all of it is, and by far."""
+    T, failed = torch.linalg.cholesky_ex(G)
+    sizes = T.diagonal().tolist()
+    if not int(failed) and min(sizes) > 0.1 * max(sizes) and min(sizes) ** 2 > 100 * least:
+        return torch.linalg.solve_triangular(T, torch.eye(len(G)).to(T), upper=False)
+    strength, mixing = torch.linalg.eigh(G)
+    real = strength > least
+    return (mixing[:, real] / strength[real].sqrt()).T.flip(0)
 
 
 def outside(U: Float[Tensor, "k d"], X: Float[Tensor, "d n"], noise: float) -> Float[Tensor, "q d"]:
