@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import lora_lite as ll
 from lora_lite.subspace import SharedSubspace
@@ -195,6 +196,23 @@ def test_rows_that_share_a_scale_come_and_go_alone(bits: int) -> None:
     assert torch.equal(more.rows(torch.tensor([5, 1])).dense(), more.dense()[[5, 1]])
     long = Packed.of(torch.randn(40, 5, generator=torch.Generator().manual_seed(1)), bits, 64)
     assert long.runs is not None and long.runs.tolist() == [12, 12, 12, 4]
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_runs_are_in_the_file_only_where_they_do_not_follow(bits: int, tmp_path: Path) -> None:
+    adapters = family(12)
+    sub = of(adapters[:11], coefficients="diag", num_components=8).quantize(bits)
+
+    def there_and_back() -> set[str]:
+        sub.save(tmp_path / "sub")
+        assert snapshot(SharedSubspace.load(tmp_path / "sub")) == snapshot(sub)
+        with safe_open(tmp_path / "sub", framework="pt") as file:
+            return {key for key in file.keys() if key.endswith(".runs")}  # noqa: SIM118
+
+    assert not there_and_back()
+    assert sub.state.layers[MODULES[0]].parts[0].runs is not None  # type: ignore[union-attr]
+    sub.remove_task("task_2")
+    assert len(there_and_back()) == len(MODULES)
 
 
 def test_sizes_in_a_byte_are_bounds() -> None:

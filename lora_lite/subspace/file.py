@@ -37,7 +37,7 @@ from lora_lite.checkpoint import (
 from lora_lite.subspace.apart import Apart
 from lora_lite.subspace.coefficients import Kind
 from lora_lite.subspace.frame import Frame
-from lora_lite.subspace.packed import Packed, Sized, Sizes, Stored
+from lora_lite.subspace.packed import Packed, Sized, Sizes, Stored, even
 from lora_lite.subspace.reserve import Reserve
 from lora_lite.subspace.source import largest_rank
 from lora_lite.subspace.state import Layer, Missing, Policy, State
@@ -74,7 +74,7 @@ def tensors(state: State) -> dict[str, Tensor]:
     def put(name: str, x: Stored | None) -> None:
         if isinstance(x, Packed):
             flat[name], flat[f"{name}.scales"] = x.values, x.scales
-            if x.runs is not None:
+            if x.runs is not None and not x.is_even:
                 flat[f"{name}.runs"] = x.runs
         elif x is not None:
             flat[name] = x
@@ -107,9 +107,10 @@ def described(state: State) -> dict[str, Any]:
     layers = []
     for name, x in state.layers.items():
         which = lists.setdefault((x.tasks, x.ranks, x.scales), len(lists))
-        sizes: dict[str, Any] = {"d_in": x.d_in, "d_out": x.d_out, "rest": [x.b.rest, x.a.rest], "reserve": x.reserve is not None}
-        sizes["tops"] = [s.top if isinstance(s, Sizes) else None for s in (x.energy, x.lost)]
-        layers.append({"name": name, **sizes, "having": which, "shapes": shapes(x), "apart": isinstance(x, Apart)})
+        said: dict[str, Any] = {"name": name, "d_in": x.d_in, "d_out": x.d_out, "having": which, "shapes": shapes(x)}
+        said["tops"] = [s.top if isinstance(s, Sizes) else None for s in (x.energy, x.lost)]
+        rare = {"rest": [x.b.rest, x.a.rest], "reserve": x.reserve is not None, "apart": isinstance(x, Apart)}
+        layers.append(said | {k: v for k, v in rare.items() if v not in (False, [0.0, 0.0])})
     policy = {k: getattr(state.policy, k) for k in ("variance_threshold", "num_components", "budget_bytes")}
     return {
         "space": state.space, "kind": state.kind, "missing": state.missing, "bits": state.bits, "policy": policy, "base": state.base,
@@ -210,10 +211,10 @@ def layer_from(i: int, x: dict[str, Any], having: Having, kind: Kind, flat: dict
 
     components = [take(f"{side}.components") for side in "ba"]
     means = [take(f"{side}.mean") if kind == "flat" else None for side in "ba"]
-    parts = tuple(take(f"parts.{j}") for j in range(2 if x["apart"] else PARTS[kind]))
+    parts = tuple(take(f"parts.{j}") for j in range(2 if x.get("apart") else PARTS[kind]))
     rests = [max(0.0, float(rest)) for rest in x.get("rest", (0.0, 0.0))]
     b, a = (Frame(c, m, flat.pop(f"{i}.{side}.energy"), rest) for side, c, m, rest in zip("ba", components, means, rests, strict=True))
-    kinds = Apart if x["apart"] else Layer
+    kinds = Apart if x.get("apart") else Layer
     layer = kinds(x["d_in"], x["d_out"], b, a, *having, parts, *sizes_from(i, x, flat))
     if x.get("reserve"):
         cb, ca, eb, ea, lost, *more = (flat.pop(f"{i}.reserve.{name}") for name in RESERVED[: 5 + PARTS[kind]])
@@ -238,6 +239,8 @@ def unpacked(values: Tensor, scales: Tensor, runs: Tensor | None, shape: tuple[i
         width *= n
     if bits not in (4, 8):
         raise ValueError(f"{bits} bits")
+    if runs is None and 0 < width <= group // 2 and len(scales) != shape[0]:
+        runs = even(shape[0], group // width)
     if runs is not None and (runs.dtype != torch.uint8 or runs.dim() != 1 or int(runs.sum(dtype=torch.long)) != shape[0]):
         raise ValueError(f"runs of rows that share a scale do not add up to {shape[0]} rows")
     expected = (shape[0], width if bits == 8 else -(-width // 2)), (shape[0] if runs is None else len(runs), -(-width // group))

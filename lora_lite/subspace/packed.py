@@ -51,9 +51,13 @@ class Packed:
         (n, width), span = flat.shape, group // flat.shape[1]
         levels, scales = nearest(F.pad(flat, (0, 0, 0, -n % span)).reshape(-(-n // span), 1, span * width), bits)
         levels = levels.to(torch.int8).reshape(-1, width)[:n].contiguous()
-        runs = torch.full((len(scales),), span, dtype=torch.uint8, device=flat.device)
-        runs[-1:] -= -n % span
-        return Packed(levels if bits == 8 else nibbles(levels), scales, shape, bits, group, runs)
+        return Packed(levels if bits == 8 else nibbles(levels), scales, shape, bits, group, even(n, span).to(flat.device))
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the runs are those of rows packed together, which follow from the shape."""
+        width = math.prod(self.shape[1:])
+        return self.runs is not None and bool(width) and torch.equal(self.runs.cpu(), even(self.shape[0], max(1, self.group // width)))
 
     @property
     def by_row(self) -> Tensor:
@@ -97,6 +101,13 @@ class Packed:
     @property
     def device(self) -> torch.device:
         return self.values.device
+
+
+def even(rows: int, span: int) -> Tensor:
+    """Runs of `span` rows each, the last of what is left."""
+    runs = torch.full((-(-rows // span),), span, dtype=torch.uint8)
+    runs[-1:] -= -rows % span
+    return runs
 
 
 def nearest(groups: Float[Tensor, "n g size"], bits: int) -> tuple[Float[Tensor, "n g size"], BFloat16[Tensor, "n g"]]:
