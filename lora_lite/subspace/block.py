@@ -24,11 +24,11 @@ class Block:
 
     @property
     def A(self) -> Float[Tensor, "n r d_in"]:
-        return torch.stack([u.A for u in self.updates])
+        return stacked([u.A for u in self.updates])
 
     @property
     def B(self) -> Float[Tensor, "n d_out r"]:
-        return torch.stack([u.B for u in self.updates])
+        return stacked([u.B for u in self.updates])
 
     @cached_property
     def scale(self) -> Float[Tensor, " n"]:
@@ -61,6 +61,11 @@ class Block:
         for X, G, rows in ((Xb, Ga, self.B.transpose(1, 2)), (Xa, Gb, self.A)):
             weight = (root(G) * self.scale[:, None, None]).to(X.dtype)
             torch.bmm(weight, rows.to(X.dtype), out=X.view(rows.shape))
+
+
+def stacked(xs: Sequence[Tensor]) -> Tensor:
+    """Not to be written to: of one, it is a view."""
+    return xs[0][None] if len(xs) == 1 else torch.stack(list(xs))
 
 
 def root(G: Float[Tensor, "n r r"]) -> Float[Tensor, "n r r"]:

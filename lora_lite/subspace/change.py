@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_lite.products import times
 from lora_lite.subspace.apart import Apart, as_parts
 from lora_lite.subspace.bases import joined
 from lora_lite.subspace.block import Block
@@ -111,7 +112,8 @@ def absorbed(state: State, layer: Layer, task: str, update: Update) -> Layer:
     if isinstance(layer, Apart):
         return appended(layer, task, update)
     layer = layer.whole(state.kind)
-    sides, own = (grown_flat if state.kind == "flat" else grown)(layer, state.kind, Block([update]))
+    new = Block([Update(update.A.double(), update.B.double(), update.scale)])
+    sides, own = (grown_flat if state.kind == "flat" else grown)(layer, state.kind, new)
     whole = dataclasses.replace(
         layer, tasks=(*layer.tasks, task), ranks=(*layer.ranks, update.rank), scales=(*layer.scales, update.scale),
         energy=torch.cat([layer.energy.double(), own.energy]).float(),
@@ -205,7 +207,7 @@ def truncated(state: State, layer: Layer, whole: Layer, sides: tuple[Grown, Grow
     gone = (before - after).clamp(min=0)
     b, a = (
         Frame(
-            (torch.linalg.solve_triangular(g.T, R.T, upper=False, left=False) @ g.rows).to(dtype),
+            turned_rows(g, R, dtype),
             None if g.mean is None else g.mean.to(dtype),
             energy.float(),
             0.0 if g.mean is None else max(0.0, g.total - float(energy.sum())),
@@ -214,6 +216,13 @@ def truncated(state: State, layer: Layer, whole: Layer, sides: tuple[Grown, Grow
     )
     lost = further(torch.cat([layer.lost.double(), own.error]), gone).float()  # the new one's own is rounding: its directions are all there
     return split(kind, dataclasses.replace(whole, b=b, a=a, parts=tuple(p.to(dtype) for p in kept), lost=lost), kb, ka, after)
+
+
+def turned_rows(grown: Grown, R: Tensor, dtype: torch.dtype) -> Tensor:
+    """The directions that R makes of C, to be kept in `dtype`; in float32, where more would be rounded off, in half the time."""
+    precise = torch.promote_types(dtype, torch.float32)
+    onto = torch.linalg.solve_triangular(grown.T, R.T, upper=False, left=False)
+    return times(onto.to(precise), grown.rows.to(precise).T).to(dtype)
 
 
 def as_many(frame: Frame) -> Choose:
