@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lite.dial import transforming
-from lora_lite.products import suits, times
+from lora_lite.products import matmul, suits
 
 
 class Mixed(torch.autograd.Function):
@@ -24,24 +25,25 @@ class Mixed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, inplace: bool) -> Tensor:
-        h = times(x.flatten(0, -2), A.to(x.dtype))
+        early, late = (1.0, scale) if A.dtype is x.dtype else (scale, 1.0)  # as without gradients; in bfloat16 a late one is dear
+        h = product(x.flatten(0, -2), A.to(x.dtype).t(), early)
         ctx.save_for_backward(x, A, B, h)
-        ctx.scale = scale
+        ctx.scales = scale, early, late
         if inplace:
             ctx.mark_dirty(y)
-        return plus(y if inplace else fresh(y), h, B.to(x.dtype), scale)
+        return plus(y if inplace else fresh(y), h, B.to(x.dtype), late)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, A, B, h), (gy,) = ctx.saved_tensors, grads
         a, b = A.to(x.dtype), B.to(x.dtype)
-        g, rows = gy.flatten(0, -2), x.flatten(0, -2)
-        gh = product(g, b.t(), ctx.scale)
-        gx = times(gh, a.t()).view(x.shape) if ctx.needs_input_grad[1] else None
-        gA = times(gh.t(), rows.t()).to(A.dtype) if ctx.needs_input_grad[2] else None
+        g, rows, (scale, early, late) = gy.flatten(0, -2), x.flatten(0, -2), ctx.scales
+        gh = product(g, b, scale)
+        gx = matmul(gh, a).view(x.shape) if ctx.needs_input_grad[1] else None
+        gA = matmul(gh.t(), rows).to(A.dtype) if ctx.needs_input_grad[2] else None
         if torch.is_grad_enabled():  # for second derivatives, which a saved h would stand in the way of
-            h = times(rows, a)
-        gB = scaled(across(h, g).to(B.dtype), ctx.scale) if ctx.needs_input_grad[3] else None
+            h = product(rows, a.t(), early)
+        gB = scaled(across(h, g).to(B.dtype), late) if ctx.needs_input_grad[3] else None
         return gy, gx, gA, gB, None, None
 
 
@@ -57,7 +59,7 @@ class MixedLinear(torch.autograd.Function):
         ctx.dtypes, ctx.scale = (h.dtype, B.dtype), scale
         b = B.to(h.dtype)
         if y is None:
-            return times(h, b)
+            return matmul(h, b.t()) if suits(h, b) else F.linear(h, b)
         if inplace:
             ctx.mark_dirty(y)
         return plus(y if inplace else fresh(y), h.flatten(0, -2), b, scale)
@@ -66,7 +68,7 @@ class MixedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (h, B), (gy,) = ctx.saved_tensors, grads
         dtype = gy.dtype  # autocast may have made it another than h's
-        gh = scaled(times(gy, B.to(dtype).t()), ctx.scale).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
+        gh = scaled(matmul(gy, B.to(dtype)), ctx.scale).to(ctx.dtypes[0]) if ctx.needs_input_grad[1] else None
         gB = across(h.flatten(0, -2).to(dtype), gy.flatten(0, -2)).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         return gy if ctx.needs_input_grad[0] else None, gh, gB if gB is None else scaled(gB, ctx.scale), None, None
 
@@ -81,11 +83,11 @@ def plus(y: Tensor, h: Tensor, B: Tensor, scale: float) -> Tensor:
     return y
 
 
-def product(x: Tensor, W: Tensor, scale: float) -> Tensor:
-    """scale * x W^T, in one kernel where there is one."""
-    if scale == 1.0 or suits(x, W):
-        return scaled(times(x, W), scale)
-    return torch.addmm(x.new_empty(()), x, W.t(), beta=0.0, alpha=scale)  # beta 0: what is empty is not read
+def product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale * a @ b of two matrices, in one kernel where there is one."""
+    if scale == 1.0 or suits(a, b):
+        return scaled(matmul(a, b), scale)
+    return torch.addmm(a.new_empty(()), a, b, beta=0.0, alpha=scale)  # beta 0: what is empty is not read
 
 
 def scaled(x: Tensor, scale: float) -> Tensor:
@@ -94,14 +96,15 @@ def scaled(x: Tensor, scale: float) -> Tensor:
 
 def across(h: Tensor, g: Tensor) -> Tensor:
     """g^T h for rows h (n, r) and g (n, d_out): the gradient of a B that took h there."""
-    return times(h.t(), g.t()).t() if suits(h.t(), g.t()) else g.t() @ h
+    return matmul(h.t(), g).t() if suits(h.t(), g) else g.t() @ h
 
 
 def linear(x: Tensor, W: Tensor) -> Tensor:
     """W x in x's dtype, for x (*batch, d_in)."""
     if pays(x, W):
         return MixedLinear.apply(None, x, W, 1.0, False)  # type: ignore[return-value]
-    return times(x, W if W.dtype is x.dtype else W.to(x.dtype))
+    W = W if W.dtype is x.dtype else W.to(x.dtype)
+    return matmul(x, W.t()) if suits(x, W) else F.linear(x, W)
 
 
 def pays(x: Tensor, W: Tensor) -> bool:

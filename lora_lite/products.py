@@ -25,12 +25,12 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def suits(x: Tensor, W: Tensor) -> bool:
-    """Whether x W^T is better left to oneDNN, for x (*batch, k) and W (m, k): large, float32, on x86, and seen by nobody."""
+    """Whether x (*batch, k) times W (k, m), or its transpose (m, k), is better left to oneDNN: large, float32, on x86, seen by nobody."""
     return (
-        not is_compiling()
-        and x.numel() * W.shape[0] >= WORK
+        x.dtype is torch.float32 is W.dtype
+        and not is_compiling()
+        and x.numel() * W.numel() >= WORK * x.shape[-1]
         and min(W.shape) >= NARROW
-        and x.dtype is torch.float32 is W.dtype
         and x.device.type == "cpu"
         and type(x) in _PLAIN
         and type(W) in _PLAIN
@@ -43,12 +43,13 @@ def suits(x: Tensor, W: Tensor) -> bool:
     )
 
 
-def times(x: Tensor, W: Tensor) -> Tensor:
-    """x W^T, for x (*batch, k) and W (m, k) of one dtype; any strides. Where gradients are recorded, an ordinary product."""
-    if suits(x, W) and not (torch.is_grad_enabled() and (x.requires_grad or W.requires_grad)):
-        dense = W.is_contiguous() or W.t().is_contiguous()  # any other W takes 1,000 times as long there
-        return _ONEDNN(x, W if dense else W.contiguous(), None, "none", [], "")
-    return torch.nn.functional.linear(x, W)
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b for a (*batch, k) and b (k, m) of one dtype; any strides. Where gradients are recorded, an ordinary product."""
+    if suits(a, b) and not (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
+        W = b.t()
+        dense = W.is_contiguous() or b.is_contiguous()  # any other W takes 1,000 times as long there
+        return _ONEDNN(a, W if dense else W.contiguous(), None, "none", [], "")
+    return a @ b
 
 
 def watched() -> bool:

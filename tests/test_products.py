@@ -47,10 +47,10 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("layout", ["rows", "columns", "part"])
 def test_the_same_numbers(shape: tuple[int, ...], layout: str, sent: list[tuple[int, ...]]) -> None:
     x, W = normal(*shape, D), {"rows": normal(R, D), "columns": normal(D, R).T, "part": normal(R, D + 8)[:, :D]}[layout]
-    assert_close(products.times(x, W), x.double() @ W.double().T, tolerance=3e-6)
+    assert_close(products.matmul(x, W.T), x.double() @ W.double().T, tolerance=3e-6)
     if len(shape) == 1:
         x = normal(D, N).T
-        assert_close(products.times(x, W), x.double() @ W.double().T, tolerance=3e-6)
+        assert_close(products.matmul(x, W.T), x.double() @ W.double().T, tolerance=3e-6)
     assert sent and all(s[-2:] == (D, R) for s in sent)
 
 
@@ -70,11 +70,11 @@ class Called(TorchFunctionMode):
 
 @contextmanager
 def without_mkldnn() -> Iterator[None]:
-    torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)  # `flags` warns about GPUs
+    torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)  # type: ignore[arg-type]  # `flags` warns about GPUs
     try:
         yield
     finally:
-        torch.backends.mkldnn.set_flags(_enabled=True, _fp32_precision=None)
+        torch.backends.mkldnn.set_flags(_enabled=True, _fp32_precision=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_not_where_somebody_looks_on_or_it_is_switched_off(
 ) -> None:
     x, W = normal(N, D), normal(R, D)
     with around():
-        inside = products.times(x, W)
+        inside = products.matmul(x, W.T)
     assert not sent
-    assert_close(products.times(x, W), inside, tolerance=2e-2 if inside.dtype is torch.bfloat16 else 1e-6)
+    assert_close(products.matmul(x, W.T), inside, tolerance=2e-2 if inside.dtype is torch.bfloat16 else 1e-6)
     assert sent
 
 
@@ -106,19 +106,20 @@ def test_not_where_somebody_looks_on_or_it_is_switched_off(
     ids=["little", "narrow", "short", "float64", "bfloat16", "subclass"],
 )
 def test_not_where_it_would_not_pay_or_not_work(x: Tensor, W: Tensor, sent: list[tuple[int, ...]]) -> None:
-    products.times(x, W)
+    products.matmul(x, W.T)
     assert not sent
 
 
 def test_transforms_and_forward_gradients_take_the_ordinary_way(sent: list[tuple[int, ...]]) -> None:
     x, W, tangent = normal(N, D), normal(R, D), normal(N, D)
     several = torch.stack([W, 2 * W])
-    assert_close(torch.vmap(lambda w: products.times(x, w))(several)[1], 2 * x @ W.T, tolerance=1e-6)
-    assert_close(torch.func.grad(lambda w: products.times(x, w).sum())(W), x.sum(0).expand(R, D), tolerance=1e-5)
-    assert_close(torch.func.jvp(lambda v: products.times(v, W), (x,), (tangent,))[1], tangent @ W.T, tolerance=1e-6)
+    assert_close(torch.vmap(lambda w: products.matmul(x, w.T))(several)[1], 2 * x @ W.T, tolerance=1e-6)
+    assert_close(torch.func.grad(lambda w: products.matmul(x, w.T).sum())(W), x.sum(0).expand(R, D), tolerance=1e-5)
+    assert_close(torch.func.jvp(lambda v: products.matmul(v, W.T), (x,), (tangent,))[1], tangent @ W.T, tolerance=1e-6)
     for gradients in (False, True):
         with forward_ad.dual_level(), torch.set_grad_enabled(gradients):
-            pushed = forward_ad.unpack_dual(products.times(forward_ad.make_dual(x, tangent), W)).tangent
+            pushed = forward_ad.unpack_dual(products.matmul(forward_ad.make_dual(x, tangent), W.T)).tangent
+        assert pushed is not None
         assert_close(pushed, tangent @ W.T, tolerance=1e-6)
     assert not sent
 
@@ -126,9 +127,9 @@ def test_transforms_and_forward_gradients_take_the_ordinary_way(sent: list[tuple
 def test_recorded_gradients_are_not_lost() -> None:
     x, W = normal(N, D).requires_grad_(), normal(R, D).requires_grad_()
     for a, b in ((x, W), (x, W.detach()), (x.detach(), W)):
-        assert products.times(a, b).requires_grad
+        assert products.matmul(a, b.T).requires_grad
     with torch.no_grad():
-        assert not products.times(x, W).requires_grad
+        assert not products.matmul(x, W.T).requires_grad
 
 
 def adapted(bias: bool, c: float) -> tuple[nn.Module, ll.Adapter]:
@@ -162,7 +163,7 @@ def test_training_and_its_second_derivatives(config: ll.AdapterConfig, bias: boo
         tensors = [given, *adapter.parameters()]
         out = twin(given)
         grads = torch.autograd.grad(out.square().mean(), tensors, create_graph=True)
-        second = torch.autograd.grad(sum(g.square().sum() for g in grads), tensors)
+        second = torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), tensors)
         first.append([out, *grads, *second])
         assert bool(sent) is (dtype is torch.float32)
         plain = torch.autograd.grad(twin(given).square().mean(), tensors)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.products import times
+from lora_lite.products import matmul
 from lora_lite.subspace.packed import Stored, dense, wide
 
 CHUNK = 2**18  # numbers of a data matrix in float64 at a time, 2 MiB: they are to stay in the processor's cache
@@ -118,7 +118,7 @@ def principal(X: Float[Tensor, "n d"], choose: Choose, dtype: torch.dtype = torc
     weakest = float(values[k - 1] / values[0]) if k else 0.0
     rounded = X.dtype is torch.float32 and dtype is torch.float64  # to what is lost of 1e-16 of the strongest in `weakest`
     if rounded and weakest > STRONG:
-        return times(back.to(X.dtype), X.T), values[:k], values
+        return matmul(back.to(X.dtype), X), values[:k], values
     U = X.new_empty(k, d, dtype=dtype)
     for where, part in columns(X, dtype):
         U[:, where] = back @ part
@@ -151,7 +151,7 @@ def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int, more: More = none) -
     n, d = X.shape
     block, total = k + 8, float(torch.linalg.vector_norm(X)) ** 2
     new, probes = drawn(block, d, X.dtype, X.device)
-    K, (seen, probed) = new, times(torch.cat([new, probes]), X).split([block, PROBES])
+    K, (seen, probed) = new, matmul(torch.cat([new, probes]), X.T).split([block, PROBES])
     while len(K) <= min(n, d) // 4:
         if len(K) > block:
             values, vectors = torch.linalg.eigh(gram(seen))
@@ -163,11 +163,11 @@ def krylov(X: Float[Tensor, "n d"], choose: Choose, k: int, more: More = none) -
                 if float(gain(values, rest.square().mean(0).sqrt())) <= SETTLED * float(values[:wanted].sum()):
                     weak = bool(wanted) and float(values[wanted - 1]) < WEAK * float(values[0])
                     turn = torch.cat([turn, further])
-                    return None if weak else (orthonormal(times(turn.to(K.dtype), K.T).double()), values[: len(turn)])
-        new = times(seen[-block:], X.T)
+                    return None if weak else (orthonormal(matmul(turn.to(K.dtype), K).double()), values[: len(turn)])
+        new = matmul(seen[-block:], X)
         for _ in range(2):  # as in `outside`
-            new = orthonormal(new - times(times(new, K), K.T))
-        K, seen = torch.cat([K, new]), torch.cat([seen, times(new, X)])
+            new = orthonormal(new - matmul(matmul(new, K.T), K))
+        K, seen = torch.cat([K, new]), torch.cat([seen, matmul(new, X.T)])
     return None
 
 

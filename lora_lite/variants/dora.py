@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_lite.config import RankedConfig
 from lora_lite.lowrank import add_narrow
 from lora_lite.mixed import linear
-from lora_lite.products import times
+from lora_lite.products import matmul
 from lora_lite.variant import Base, Params, ParamSpec, Variant, register
 
 
@@ -79,6 +79,6 @@ def row_norms(W: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, T
     assert W is not None  # reads_weight is "step"
     tiny = torch.finfo(A.dtype).tiny ** 0.5
     W_norm = torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(A.dtype, W.dtype)).to(A.dtype)
-    AWt = times(A.to(W.dtype), W).to(A.dtype)
+    AWt = matmul(A.to(W.dtype), W.T).to(A.dtype)
     q = (torch.addmm(AWt, A @ A.T, B.T, beta=2) * B.T).sum(dim=0)
     return W_norm, (W_norm.square() + q).clamp_min(tiny).sqrt(), q
