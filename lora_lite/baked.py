@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from lora_lite import compiled
 from lora_lite.dial import DIALS, Coefficient, current_task
 from lora_lite.doses import DoseDial, Doses, Parts, on_ranks
 from lora_lite.hooks import Hook, hooks_on
@@ -110,6 +111,8 @@ class HistoryHook(Hook):
 
     def dosed(self, layer: nn.Module, x: Tensor, y: Tensor | None) -> Tensor | None:
         """At the doses in force, under the zero rule: where all are zero, or the gate is shut, the base's bits."""
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            raise compiled.holds_no_c(self.dial, self.path, "torch.jit.trace")
         self.dial.calls += 1
         stack = DIALS.get().get(self.dial)
         doses: Doses = stack[-1] if stack else self.dial.rest  # type: ignore[assignment]

@@ -71,10 +71,14 @@ def refuse_export(dial: Dial, path: str) -> None:
     """A program outlives the process: traced with gradients it would keep this moment's c for good, without them it would look c
     up by a number that is another adapter's where it is loaded (and was turned by that one, measured)."""
     if torch.compiler.is_exporting():
-        raise RuntimeError(
-            f"adapter {dial.name!r}, at {path}: an exported program can hold no c; export it merged: `with adapter.merged(c=...): "
-            "torch.export.export(...)` (a history by history.to_adapter() first), or detach it"
-        )
+        raise holds_no_c(dial, path, "torch.export.export")
+
+
+def holds_no_c(dial: Dial, path: str, how: str) -> RuntimeError:
+    return RuntimeError(
+        f"adapter {dial.name!r}, at {path}: an exported program can hold no c; export it merged: `with adapter.merged(c=...): "
+        f"{how}(...)` (a history by history.to_adapter() first), or detach it"
+    )
 
 
 def notice_hooks() -> None:

@@ -72,7 +72,8 @@ def as_patterns(value: str | Sequence[str], what: str) -> tuple[str, ...]:
 class AdapterConfig:
     """Where an adapter goes; each variant's config adds how. `LoRAConfig(r=16, layer_range=(0.2, 0.8))`.
 
-    targets      "all-linear" (every linear but the output embedding), or one regex, or several, searched in the full module name
+    targets      "all-linear" (every linear but the output embedding, which needs a regex of its own and exclude=()), or one regex, or
+                 several, searched in the full module name
     exclude      regexes that win over `targets`
     layer_range  (lo, hi) as fractions of the depth: block i of n is in when int(n*lo) <= i < int(n*hi)
     layers       block indices instead of a range

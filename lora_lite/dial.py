@@ -107,6 +107,8 @@ class Varied:
 def check_float(c: Any) -> float:
     if isinstance(c, bool) or not hasattr(c, "__float__"):
         hint = "; for one number per row write torch.tensor(c)" if isinstance(c, list | tuple) else ""
+        if c in ("auto", "-auto"):
+            hint = f"; {c!r} is understood by `with adapter(model, c=...)` and `adapter.c = ...`; adapter.c then tells the number"
         raise TypeError(f"c must be a number or a tensor, got {type(c).__name__}{hint}")
     if getattr(c, "ndim", 0):
         raise TypeError(f"c must be a number or a tensor, got {type(c).__name__}; write torch.as_tensor(c)")

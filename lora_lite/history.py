@@ -128,6 +128,9 @@ class HistoryBake:
         dial = self._baked.dial
         if not (gate is None or callable(gate)):
             raise TypeError(f"a gate is None, an adapter or a callable without arguments, got {type(gate).__name__}")
+        if isinstance(gate, Adapter) and gate.model is not self._model:
+            where = "is attached to another model" if gate.attached else "is detached, so nothing turns it on this model"
+            raise RuntimeError(f"adapter {gate.name!r} cannot be a gate: it {where}; attach it here first, or give a callable")
         dial.gate = gate._dial if isinstance(gate, Adapter) else gate
         dial.moved |= gate is not None and not isinstance(gate, Adapter)  # what a callable said is not known to a foreign recompute
         compiled.notice_hooks()

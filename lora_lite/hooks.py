@@ -126,6 +126,8 @@ class Hook:
             dial.stale(setting)
         if setting.off and not is_grad_enabled() and "_is_replica" not in layer.__dict__:
             return None  # what `anchored` would say; this is all that a shut adapter costs a layer
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            raise compiled.holds_no_c(dial, self.path, "torch.jit.trace")
         dial.calls += 1
         x = args[0] if args else next(iter(kwargs.values()))
         try:

@@ -382,6 +382,24 @@ def test_torchscript_is_refused_by_name_and_passed_by_inside_a_model() -> None:
     assert [t.name for t in ll.find_targets(nn.Sequential(nn.Linear(4, 4), scripted), ll.LoRAConfig(targets=".*"))] == ["0"]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_trace_holds_no_c_and_says_so(kept: bool) -> None:
+    model = mlp()
+    adapter = attach(model, VARIANTS["lora"])
+    want = model(X).detach()
+    if kept:
+        adapter.detach()
+        ll.HistoryBake(model, [(adapter, 1.0)])
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients), pytest.raises(RuntimeError, match=r"export it merged.*torch\.jit\.trace"):
+            torch.jit.trace(model, (X,))
+    if not kept:
+        with adapter.merged():
+            traced = torch.jit.trace(model, (X,))
+            assert torch.allclose(traced(X), want, atol=1e-5)
+
+
 def test_an_offloaded_layer_is_refused() -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate does the offloading that is refused here")
     model = mlp()

@@ -813,6 +813,8 @@ def test_what_is_refused_and_leaves_the_model_alone() -> None:
     for kind, message, call in (
         (RuntimeError, "twice", lambda: history.push(live)),
         (TypeError, "gate is None, an adapter or a callable|Type-check", lambda: history.set_gate(0.5)),  # type: ignore[arg-type]
+        (RuntimeError, "cannot be a gate: it is detached", lambda: history.set_gate(good)),
+        (RuntimeError, "cannot be a gate: it is attached to another model", lambda: history.set_gate(attach(mlp(), VARIANTS["lora"]))),
         (IndexError, "no number 2", lambda: history.set_coeff(2, 1.0)),
         (TypeError, r"'kept2' \(dora\) are not additive", history.to_adapter),
     ):

@@ -89,6 +89,13 @@ UNTYPED = {
     "of(given, dtype=torch.int8)": "ValueError dtype must be a floating torch.dtype .* got torch.int8",
     "of(given, dtype='float16')": "ValueError dtype must be a floating torch.dtype .* got 'float16'",
     "sub.get_trainable_params('task_0', num_expand=1.5)": "ValueError num_expand must be a whole number from 0, got 1.5",
+    "sub.absorb(given[0], 5)": "ValueError task ids are text, got 5",  # its file could not be read again
+    "sub.project(given[0], task_id=None)": "ValueError task ids are text, got None",
+    "sub.commit(sub.get_trainable_params('task_0'), 3)": "ValueError task ids are text, got 3",
+    "of(given, task_ids=['a', 1])": "ValueError task ids are text, got 1",
+    "of(given[0])": r"TypeError expected a list of adapters or paths, got one Adapter: write \[adapter\]",
+    "sub.diagnose(given)": r"TypeError diagnose\(\) takes the originals by task id, .* got list",
+    "sub.diagnose({'task_0': given[0], 'x': given[1]})": r"ValueError .* without one are \['task_1'\], not tasks are \['x'\]",
     "sub.get_trainable_params('task_0', num_expand=-1)": "ValueError num_expand must be a whole number from 0, got -1",
 }
 

@@ -43,7 +43,7 @@ def resembles(metadata: Mapping[str, str], names: list[str]) -> str:
     """What a safetensors file of something else looks like, and what reads it."""
     any_key = lambda pattern: any(re.search(pattern, name) for name in names)  # noqa: E731
     if metadata.get("format") == "lora_lite.subspace":
-        return "it is a SharedSubspace; ll.SharedSubspace.load(path) reads it."
+        return "it is a SharedSubspace; ll.SharedSubspace.load(path) or `lora-lite subspace info` reads it."
     if any_key(r"^base_model\.model\.|\.lora_[AB]\.(\w+\.)?weight$|\.lora_(embedding_[AB]|magnitude_vector)|\.ia3_l"):
         return "it looks like a PEFT adapter; ll.from_peft(model, folder) loads the folder it is in."
     if any_key(r"lora_(down|up)\.weight|^lora_(unet|te)"):

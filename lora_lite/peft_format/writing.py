@@ -56,6 +56,8 @@ def to_peft(
     if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
         raise ValueError(f"r must be a positive whole number, got {r!r}")
     several = [adapter] if isinstance(adapter, Adapter) else list(adapter)
+    if wrong := [a for a in several if not isinstance(a, Adapter)]:
+        raise TypeError(f"to_peft(adapter, folder) writes an Adapter, got {type(wrong[0]).__name__} {wrong[0]!r}")
     check_halves(several, as_lora)
     reasons = {a: unsayable(a, dose) for a in several}
     if r is not None and not as_lora and not all(reasons.values()):

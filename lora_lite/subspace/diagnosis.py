@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -106,11 +106,19 @@ class Verdict:
         return f"{own}{found}: {'the tasks share directions' if self.shares else 'nothing is shared'}{cheapest}"
 
 
+def check_originals(given: object, tasks: Collection[str]) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"diagnose() takes the originals by task id, {{id: adapter or path}}, got {type(given).__name__}")
+    absent, extra = [t for t in tasks if t not in given], [t for t in given if t not in tasks]
+    if absent or extra:
+        raise ValueError(f"diagnose() needs every task's original and no other: without one are {absent[:5]}, not tasks are {extra[:5]}")
+
+
 def diagnose(
     state: State, adapters: Mapping[str, Adapter | PathLike] | None, seed: int, progress: Progress | None = None
 ) -> dict[str, Verdict]:
-    if adapters is not None and set(adapters) != set(state.configs):
-        raise ValueError(f"diagnose() needs the adapters of {list(state.configs)[:5]}, got {list(adapters)[:5]}")
+    if adapters is not None:
+        check_originals(adapters, state.configs)
     sources = None if adapters is None else {t: source_of(t, a) for t, a in adapters.items()}
     generator = torch.Generator().manual_seed(seed)
     found = {}

@@ -23,7 +23,7 @@ from lora_lite.subspace.bases import restricted
 from lora_lite.subspace.build import Progress, build
 from lora_lite.subspace.coefficients import FEATURE_KINDS
 from lora_lite.subspace.projection import TaskProjection, added, project
-from lora_lite.subspace.source import PathLike, source_of
+from lora_lite.subspace.source import PathLike, check_id, source_of
 from lora_lite.subspace.state import Layer, Missing, Policy, State
 
 MISSING = get_args(Missing)
@@ -316,6 +316,8 @@ def file_names(paths: Sequence[PathLike]) -> list[str]:
 
 
 def default_names(adapters: Sequence[Adapter | PathLike]) -> list[str]:
+    if isinstance(adapters, Adapter | str | os.PathLike):
+        raise TypeError(f"expected a list of adapters or paths, got one {type(adapters).__name__}: write [adapter]")
     paths = [a for a in adapters if isinstance(a, str | os.PathLike)]
     return file_names(paths) if paths and len(paths) == len(adapters) else [f"task_{i}" for i in range(len(adapters))]
 
@@ -326,8 +328,8 @@ def task_names(given: Sequence[str] | None, default: list[str]) -> list[str]:
         raise ValueError("no adapters were given; a subspace needs at least one")
     if len(ids) != len(default):
         raise ValueError(f"{len(ids)} task_ids for {len(default)} adapters")
-    if wrong := [t for t in ids if not isinstance(t, str)]:
-        raise ValueError(f"task ids are text, got {wrong[:5]}")
+    for t in ids:
+        check_id(t)
     if twice := sorted({t for t in ids if ids.count(t) > 1}):
         raise ValueError(f"task ids must differ; repeated: {twice[:5]}. Give task_ids=")
     return ids

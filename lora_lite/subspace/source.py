@@ -83,8 +83,14 @@ class Source(Protocol):
         ...
 
 
+def check_id(task: object) -> None:
+    if not isinstance(task, str):
+        raise ValueError(f"task ids are text, got {task!r}")
+
+
 def source_of(task: str, given: Adapter | PathLike) -> Source:
     """An adapter, a file of ours, or a PEFT folder."""
+    check_id(task)
     if isinstance(given, str | os.PathLike):
         return PeftSource(task, given) if Path(given).is_dir() else FileSource(task, given)
     return AdapterSource(task, given)

@@ -18,6 +18,7 @@ from lora_lite.subspace.build import config_of
 from lora_lite.subspace.coefficients import Kind, Parts, as_cores, expand, mapped, padded
 from lora_lite.subspace.frame import Frame, outside, upright
 from lora_lite.subspace.packed import Packed, Stored, dense
+from lora_lite.subspace.source import check_id
 from lora_lite.subspace.state import Layer, State
 from lora_lite.variants.lora import LoRAConfig
 
@@ -91,6 +92,7 @@ def expanded(frame: Frame, q: int, generator: torch.Generator | None) -> Frame:
 
 def committed(state: State, trained: Mapping[str, Tensor], task_id: str) -> State:
     """The state with the task as it was trained; all is checked first. Its private directions become everyone's, unused by the others."""
+    check_id(task_id)
     if not isinstance(trained, Trainable):
         trained = named(state, trained, task_id)
     check(state, trained, task_id)
