@@ -50,6 +50,7 @@ ROOMS = (
     "doses",
     "lowrank",
     "mixed",
+    "products",
     "varied",
     "config",
     "recompute",
