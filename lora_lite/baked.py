@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -18,7 +19,6 @@ from lora_lite.dial import DIALS, Coefficient, current_task
 from lora_lite.doses import DoseDial, Doses, Parts, on_ranks
 from lora_lite.hooks import Hook, hooks_on
 from lora_lite.lowrank import FEW_ROWS
-from lora_lite.mixed import linear
 
 Members = tuple[tuple[int, Hook], ...]  # (place in the stack, a hook that is not installed: called at its turn)
 
@@ -166,7 +166,7 @@ def add_pair(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, gains: Tensor) -> Tens
     """y + (x A^T * gains) B^T: hooks.add_low_rank for B stored the other way and gains on ranks, 2 us less of Python per layer."""
     if (dtype := x.dtype) is not A.dtype:
         A, Bt = A.to(dtype), Bt.to(dtype)
-    h = linear(x, A) * gains
+    h = F.linear(x, A) * gains
     if dtype is not h.dtype:
         h = h.to(dtype)
     if dtype is y.dtype and y.numel() > FEW_ROWS * y.shape[-1]:

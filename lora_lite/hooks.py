@@ -17,10 +17,9 @@ from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from lora_lite import compiled
-from lora_lite.dial import DIALS, Dial, Setting, current_task
+from lora_lite.dial import DIALS, Dial, Setting, current_task, transforming
 from lora_lite.lowrank import LowRank, add_narrow
-from lora_lite.mixed import Mixed, linear, pays
-from lora_lite.products import watched
+from lora_lite.mixed import Mixed, linear, trains_across_dtypes
 
 LARGE = 2**15  # numbers in y from which writing into it pays for making sure that one may
 
@@ -237,6 +236,11 @@ def replicated(path: str) -> RuntimeError:
     )
 
 
+def watched() -> bool:
+    """Whether a mode or a transform of torch sees every operation here, and may keep what it saw."""
+    return bool(torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()) or transforming()  # type: ignore[reportAttributeAccessIssue]
+
+
 def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor, inplace: bool = False) -> Tensor:
     """y + c B diag(g) A x for x (*batch, d_in), y (*batch, d_out), c a float or broadcastable against x.
 
@@ -245,12 +249,14 @@ def add_low_rank(y: Tensor, x: Tensor, update: LowRank, c: float | Tensor, inpla
     """
     A, B, g = update
     scale = c * g if type(c) is float and type(g) is float else None  # 20 ns; isinstance(c, Tensor) takes 64, in every layer
-    if scale is not None and x.dtype is y.dtype:
-        if A.dtype is x.dtype is B.dtype and x.numel() == A.shape[1]:  # one row: 5.8 us for 8.0
+    if A.dtype is (dtype := x.dtype):
+        if scale is not None and x.numel() == A.shape[1] and B.dtype is dtype is y.dtype:  # one row: 5.8 us for 8.0
             return torch.add(y, torch.mv(B, torch.mv(A, x.reshape(-1))), alpha=scale)
-        if A.requires_grad and pays(x, A):
-            return Mixed.apply(y, x, A, B, scale, inplace)  # type: ignore[return-value]
-    h = linear(x, A)
+        h = F.linear(x, A)
+    elif scale is not None and A.requires_grad and x.dtype is y.dtype and trains_across_dtypes(x, A):
+        return Mixed.apply(y, x, A, B, scale, inplace)  # type: ignore[return-value]
+    else:
+        h = linear(x, A)
     return add_narrow(y, h, B, c * g if scale is None else scale, inplace=inplace)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.mixed import MixedLinear, linear, pays
+from lora_lite.mixed import MixedLinear, linear, trains_across_dtypes
 
 FEW_ROWS = 8  # up to here two small kernels beat addmm's set-up: 1.146x against 1.178x of the base at one token, CORE.md section 6
 
@@ -76,8 +76,8 @@ def add_narrow(y: Tensor, h: Tensor, B: Tensor, scale: float | Tensor, gate: Ten
     if gate is not None:
         up = linear(h, B) * (gate if gate.dtype is h.dtype else gate.to(h.dtype))  # addcmul's backward takes a pass more than this saves
         out = y.add_(up, alpha=scale) if inplace else torch.add(y, up, alpha=scale)
-    elif h.dtype is y.dtype and pays(h, B):
-        return MixedLinear.apply(y, h, B, scale, inplace)  # type: ignore[return-value]
+    elif B.dtype is not h.dtype and h.dtype is y.dtype and trains_across_dtypes(h, B):
+        return MixedLinear.apply(y, h, B, scale)  # type: ignore[return-value]
     else:
         B = B if B.dtype is h.dtype else B.to(h.dtype)
         if h.dtype is y.dtype and y.numel() > FEW_ROWS * y.shape[-1]:

@@ -55,7 +55,6 @@ if not UNTYPED:
     install_import_hook("lora_lite", f"{__name__}.checked")
 
 import_module("lora_lite.hooks").LARGE = 0  # tests' models are small: what is done with large activations is done with all of theirs
-import_module("lora_lite.products").WORK = import_module("lora_lite.products").NARROW = 0
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # No deadline, because a slow machine is not a failure; derandomised, so that every run tries the same examples.
 settings.register_profile("lora_lite", deadline=None, derandomize=True)

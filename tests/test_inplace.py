@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lora_lite as ll
-from lora_lite import hooks, products
+from lora_lite import hooks
 from tests.models import VARIANTS, Row, attach, each_variant, mlp, normal, randomise
 
 ROWS = 32  # more than the few for which nothing is written into anyway
@@ -25,7 +25,6 @@ ROWS = 32  # more than the few for which nothing is written into anyway
 def written(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each product that a hook added, whether it wrote into y."""
     monkeypatch.setattr(hooks, "LARGE", 0)
-    monkeypatch.setattr(products, "WORK", 2**40)  # one kernel for all, so that bits tell where it was written to
     found: list[bool] = []
     add = hooks.add_low_rank
 

@@ -645,10 +645,8 @@ CHILD = """
 import json, sys, warnings
 import torch
 import lora_lite as ll
-from lora_lite import products
 from tests.references import same_bits
 
-products.WORK = products.NARROW = 0  # as in conftest.py
 verdicts = {}
 for name in json.loads(sys.argv[2]):
     held = torch.load(f"{sys.argv[1]}/{name}.pt", weights_only=False)

@@ -50,7 +50,6 @@ ROOMS = (
     "doses",
     "lowrank",
     "mixed",
-    "products",
     "varied",
     "config",
     "recompute",

@@ -329,7 +329,6 @@ def test_a_fresh_process_loads_it_without_a_subspace(tmp_path: Path):
     code = (
         "import sys, torch; sys.path[:0] = [sys.argv[2], sys.argv[2] + '/tests']\n"
         "import lora_lite as ll\n"
-        "from lora_lite import products; products.WORK = products.NARROW = 0\n"  # as in conftest.py
         "from tests.models import mlp\n"
         "seen = torch.load(sys.argv[1] + '/seen.pt')\n"
         "for wrap in (lambda m: m, lambda m: torch.nn.ModuleDict({'module': m})):\n"

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_lite.products import matmul
 from lora_lite.subspace.apart import Apart, as_parts
 from lora_lite.subspace.bases import joined
 from lora_lite.subspace.block import Block
@@ -222,7 +221,7 @@ def turned_rows(grown: Grown, R: Tensor, dtype: torch.dtype) -> Tensor:
     """The directions that R makes of C, to be kept in `dtype`; in float32, where more would be rounded off, in half the time."""
     precise = torch.promote_types(dtype, torch.float32)
     onto = torch.linalg.solve_triangular(grown.T, R.T, upper=False, left=False)
-    return matmul(onto.to(precise), grown.rows.to(precise)).to(dtype)
+    return (onto.to(precise) @ grown.rows.to(precise)).to(dtype)
 
 
 def as_many(frame: Frame) -> Choose:

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lite.config import RankedConfig
 from lora_lite.lowrank import add_narrow
-from lora_lite.mixed import linear
-from lora_lite.products import matmul
 from lora_lite.variant import Base, Params, ParamSpec, Variant, register
 
 
@@ -56,7 +55,7 @@ class DoRA(Variant):
     def delta(cfg: DoRAConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
         """For dropout, where y = W dropout(x) + b is not what it is added to."""
         assert y is not None  # form "output"
-        return add_narrow(c * p["gate"] * without_bias(y, base), linear(x, p["A"]), p["B"], c)
+        return add_narrow(c * p["gate"] * without_bias(y, base), F.linear(x, p["A"]), p["B"], c)
 
     @staticmethod
     def added(cfg: DoRAConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
@@ -66,7 +65,7 @@ class DoRA(Variant):
             gated = torch.addcmul(y, gate, without_bias(y, base))
         else:  # one pass back over y for two
             gated = y * (1 + gate) if base.bias is None else torch.addcmul(-gate * base.bias, y, 1 + gate)
-        return add_narrow(gated, linear(x, p["A"]), p["B"], c, inplace=not torch.is_grad_enabled())
+        return add_narrow(gated, F.linear(x, p["A"]), p["B"], c, inplace=not torch.is_grad_enabled())
 
 
 def without_bias(y: Tensor, base: Base) -> Tensor:
@@ -79,6 +78,6 @@ def row_norms(W: Tensor | None, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, T
     assert W is not None  # reads_weight is "step"
     tiny = torch.finfo(A.dtype).tiny ** 0.5
     W_norm = torch.linalg.vector_norm(W, dim=1, dtype=torch.promote_types(A.dtype, W.dtype)).to(A.dtype)
-    AWt = matmul(A.to(W.dtype), W.T).to(A.dtype)
+    AWt = (A.to(W.dtype) @ W.T).to(A.dtype)  # 0.8x the time of W @ A.T, at 512 x 512 and r = 16
     q = (torch.addmm(AWt, A @ A.T, B.T, beta=2) * B.T).sum(dim=0)
     return W_norm, (W_norm.square() + q).clamp_min(tiny).sqrt(), q

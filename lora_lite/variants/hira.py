@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora_lite.config import RankDropoutConfig
-from lora_lite.mixed import linear
 from lora_lite.variant import Base, Params, ParamSpec, Variant, register
 
 
@@ -41,4 +41,4 @@ class HiRA(Variant):
     def delta(cfg: HiRAConfig, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
         assert base.weight is not None  # reads_weight is "step"
         mask = p["lora_B"] @ p["lora_A"]
-        return c * linear(x, base.weight.to(x.dtype) * mask)
+        return c * F.linear(x, base.weight.to(x.dtype) * mask)

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from lora_lite.config import RankConfig
 from lora_lite.lowrank import LowRank, add_narrow
-from lora_lite.mixed import linear
 from lora_lite.variant import Base, Identity, Initial, Params, ParamSpec, Variant, register
 
 
@@ -80,7 +80,7 @@ class HRA(Variant):
 
     @classmethod
     def added(cls, cfg: Any, p: Params, x: Tensor, y: Tensor | None, base: Base, c: float | Tensor) -> Tensor:
-        return add_narrow(x, linear(x, p["A"]), p["B"], c)
+        return add_narrow(x, F.linear(x, p["A"]), p["B"], c)
 
     @classmethod
     def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base, c: float = 1.0) -> LowRank:

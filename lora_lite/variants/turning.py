@@ -16,11 +16,11 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from lora_lite.lowrank import LowRank
-from lora_lite.mixed import linear
 from lora_lite.variant import Params, ParamSpec
 from lora_lite.variants.cayley import eigenvectors, exact, times, turned
 from lora_lite.variants.spectrum import Spectrum
@@ -55,7 +55,7 @@ def prepared(Q: Float[Tensor, "n b b"], p: Params, c: float | Tensor, side: Side
 
 def cored(p: Params, x: Float[Tensor, "*batch d_in"], c: float | Tensor, side: Side = "V") -> Float[Tensor, "*batch r"]:
     """What U takes to what is added to y, from what `prepared` made."""
-    h = linear(x, p["Vh"])
+    h = F.linear(x, p["Vh"])
     if "core" in p:
         return times(h.unflatten(-1, (-1, p["core"].shape[-1])), p["core"]).flatten(-2)
     assert isinstance(c, Tensor)
