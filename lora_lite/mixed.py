@@ -24,7 +24,7 @@ class Mixed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, inplace: bool) -> Tensor:
         h = product(x.flatten(0, -2), A.to(x.dtype).t(), scale)
-        ctx.save_for_backward(x, A, B, h)
+        ctx.save_for_backward(x, A, B, h if B.requires_grad else None)
         ctx.scale = scale
         if inplace:
             ctx.mark_dirty(y)
@@ -34,7 +34,7 @@ class Mixed(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x, A, B, h), (gy,) = ctx.saved_tensors, grads
         a, b = A.to(x.dtype), B.to(x.dtype)
-        g, rows = gy.flatten(0, -2), x.flatten(0, -2)
+        g, rows = flat(gy), flat(x)
         gh = product(g, b, ctx.scale)
         gx = (gh @ a).view(x.shape) if ctx.needs_input_grad[1] else None
         gA = (gh.t() @ rows).to(A.dtype) if ctx.needs_input_grad[2] else None
@@ -42,6 +42,11 @@ class Mixed(torch.autograd.Function):
             h = product(rows, a.t(), ctx.scale)
         gB = (g.t() @ h).to(B.dtype) if ctx.needs_input_grad[3] else None
         return gy, gx, gA, gB, None, None
+
+
+def flat(x: Tensor) -> Tensor:
+    """(*batch, d) as rows; a gradient may be batched once more by vmap, which has no rule for flatten."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def fresh(y: Tensor) -> Tensor:
@@ -76,7 +81,7 @@ class MixedLinear(torch.autograd.Function):
         (h, B), (gy,) = ctx.saved_tensors, grads
         dtype = gy.dtype  # autocast may have made it another than h's
         gh = ((gy @ B.to(dtype)) * ctx.scale).to(ctx.dtype) if ctx.needs_input_grad[1] else None
-        gB = (gy.flatten(0, -2).t() @ (h.flatten(0, -2).to(dtype) * ctx.scale)).to(B.dtype) if ctx.needs_input_grad[2] else None
+        gB = (flat(gy).t() @ (flat(h).to(dtype) * ctx.scale)).to(B.dtype) if ctx.needs_input_grad[2] else None
         return gy if ctx.needs_input_grad[0] else None, gh, gB, None
 
 

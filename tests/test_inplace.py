@@ -218,3 +218,21 @@ def test_what_comes_after_a_layer_may_write_into_its_output(row: Row, dtype: tor
         y += x
     y.float().square().sum().backward()
     assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in adapter.parameters())
+
+
+@pytest.mark.parametrize("frozen", ["lora_A", "lora_B"])
+def test_nothing_is_kept_for_a_gradient_that_nobody_wants(frozen: str) -> None:
+    """h = A x is kept for B alone."""
+    _, layer, _ = adapted(torch.bfloat16)
+    kept: list[tuple[int, ...]] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    dict(layer.named_parameters())[frozen].requires_grad_(False)
+    x = normal(ROWS, layer.in_features).bfloat16().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer(x).sum().backward()
+    r = len(dict(layer.named_parameters())["lora_A"])
+    assert ((ROWS, r) in kept) is (frozen == "lora_A")

@@ -718,6 +718,21 @@ def test_state_dict_is_strict_both_ways(row: Row) -> None:
         assert same_bits(other(X), want), f"assign={assign}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_variant
+def test_a_batch_of_gradients_goes_back_at_once(row: Row, dtype: torch.dtype) -> None:
+    """What jacobian(vectorize=True) does: the backward runs under vmap."""
+    model = mlp(dtype)
+    adapter = randomise(attach(model, row))
+    x = X.to(dtype).requires_grad_()
+    out, tensors = model(x), [x, *adapter.parameters()]
+    directions = torch.randn(3, *out.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    together = torch.autograd.grad(out, tensors, directions, is_grads_batched=True, retain_graph=True)
+    for i, direction in enumerate(directions):
+        for found, want in zip(together, torch.autograd.grad(out, tensors, direction, retain_graph=True), strict=True):
+            assert_close(found[i], want, tolerance=TOLERANCE[dtype])
+
+
 @pytest.mark.fast
 @each_variant
 def test_functional_call_and_vmap_over_adapters(row: Row) -> None:

@@ -44,7 +44,8 @@ class Skew(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         rows, columns = torch.triu_indices(ctx.b, ctx.b, 1, device=grads[0].device)
-        return (grads[0] - grads[0].mT).flatten(1).index_select(1, rows * ctx.b + columns), None
+        flat = (grads[0] - grads[0].mT).reshape(-1, ctx.b * ctx.b)  # flatten has no rule for a backward under vmap
+        return flat.index_select(1, rows * ctx.b + columns), None
 
 
 def exact(Q: Float[Tensor, "n b b"]) -> Float[Tensor, "n b b"]:
