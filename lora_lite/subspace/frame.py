@@ -116,7 +116,7 @@ def principal(X: Float[Tensor, "n d"], choose: Choose, dtype: torch.dtype = torc
         return orthonormal(vectors[:, :k].T), values[:k], values
     back = (vectors[:, :k] / values[:k].sqrt()).T
     weakest = float(values[k - 1] / values[0]) if k else 0.0
-    rounded = X.dtype is torch.float32 and dtype is torch.float64  # to what is lost of 1e-16 of the strongest in `weakest`
+    rounded = X.dtype is torch.float32 and dtype is torch.float64  # what a weak direction loses by it float32 cannot hold
     if rounded and weakest > STRONG:
         return matmul(back.to(X.dtype), X), values[:k], values
     U = X.new_empty(k, d, dtype=dtype)
