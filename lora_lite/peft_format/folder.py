@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_lite.checkpoint import (
@@ -34,14 +35,17 @@ from lora_lite.checkpoint import (
     read_header,
     read_tensors,
     replace,
+    shown,
     strict_json,
 )
 from lora_lite.version import __version__
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_LIMIT = 50_000_000  # bytes; every module of the largest model by its full name takes one
-VERSION, FINGERPRINT = "lora_lite_version", "lora_lite_fingerprint"  # in the header, where PEFT looks at "format" only
-OURS = ("format", VERSION, FINGERPRINT)
+# In the header, where PEFT looks at "format" only.
+VERSION, FINGERPRINT, DTYPE = "lora_lite_version", "lora_lite_fingerprint", "lora_lite_dtype"
+OURS = ("format", VERSION, FINGERPRINT, DTYPE)
+DTYPES = {"float32": torch.float32, "float64": torch.float64}  # that an adapter comes back in
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +56,14 @@ class Folder:
     tensors      by key, as in the file
     metadata     text by name from the tensors' header, without what is PEFT's and what is ours
     fingerprint  of the base it was trained on, where we wrote it
+    dtype        the adapter's own, where we wrote it: a tensor may be wider here (`numbers.Distance`)
     """
 
     config: dict[str, Any]
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     fingerprint: dict[str, Any] | None = None
+    dtype: torch.dtype | None = None
     source: str = "the folder"
     by: str = "PEFT"  # what wrote it, such as "PEFT 0.21.2"
 
@@ -80,7 +86,15 @@ def read_folder(path: str | os.PathLike[str]) -> Folder:
     if FINGERPRINT in metadata:
         fingerprint = parsed(f"{source}, {FINGERPRINT}", metadata[FINGERPRINT])
     beside = {k: v for k, v in metadata.items() if k not in (*OURS, *RESERVED)}
-    return Folder(config, tensors, beside, fingerprint, str(folder), written_by(config, metadata))
+    return Folder(config, tensors, beside, fingerprint, dtype_in(source, metadata), str(folder), written_by(config, metadata))
+
+
+def dtype_in(source: str, metadata: Mapping[str, str]) -> torch.dtype | None:
+    """Raises CheckpointError for one that `to_peft` does not write."""
+    name = metadata.get(DTYPE)
+    if name is not None and name not in DTYPES:
+        raise CheckpointError(f"{source}: {DTYPE} is {shown(repr(name))}; to_peft writes one of {sorted(DTYPES)}")
+    return None if name is None else DTYPES[name]
 
 
 def written_by(config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
@@ -156,6 +170,8 @@ def described(flat: Mapping[str, Tensor], contents: Folder) -> dict[str, str]:
     ours = {"format": "pt", VERSION: __version__}
     if contents.fingerprint is not None:
         ours[FINGERPRINT] = as_json(FINGERPRINT, contents.fingerprint)
+    if contents.dtype is not None:
+        ours[DTYPE] = str(contents.dtype).removeprefix("torch.")
     return contents.metadata | ours
 
 

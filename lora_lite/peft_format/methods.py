@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lora_lite.checkpoint import strip_prefixes
 from lora_lite.peft_format import numbers
 from lora_lite.peft_format.matching import ends
-from lora_lite.peft_format.numbers import At, Convert, Fields, Found, scaled
+from lora_lite.peft_format.numbers import At, Convert, Fields, Found, Said, scaled
 
 Config = Mapping[str, Any]
 
@@ -61,6 +61,7 @@ class Method:
     settle    (our config, the folder's own and its tensors) -> our config, with what only the layers tell
     unsaid    why a config of ours has no words here, or None
     fill      PEFT's tensors -> the same with what the file may leave out, before their shapes are checked
+    drop      the other way, with what the config says of it
     """
 
     peft_type: str
@@ -84,6 +85,7 @@ class Method:
     settle: Callable[[Any, Found], Any] = unsettled
     unsaid: Callable[[Any], str | None] = nothing
     fill: Convert = numbers.same
+    drop: Callable[[Fields, At], tuple[Fields, Said]] = numbers.nothing_dropped
 
 
 # What a config may hold without changing what the adapter computes, beside the options of its method.
@@ -196,7 +198,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         peft_type="LORA", variant="dora", keys={**AB, "lora_m": "lora_magnitude_vector"}, options=RANKED, when={"use_dora": True},
         says=LORA_SAYS,
-        read=numbers.dora_read, write=numbers.dora_write, turn=numbers.dora_turn, refuses=changes_the_base,
+        read=numbers.DORA_MAGNITUDE.read, write=numbers.DORA_MAGNITUDE.write, turn=numbers.dora_turn, refuses=changes_the_base,
     ),
     Method(
         peft_type="LORA", variant="pissa", keys=AB, options=RANKED, when={"init_lora_weights": "pissa"},
@@ -215,7 +217,7 @@ METHODS: tuple[Method, ...] = (
             *(Option(n, n, d) for n, d in {"beta1": 0.85, "beta2": 0.85, "orth_reg_weight": 0.5}.items()),
         ),
         says=LORA_SAYS, alike=("r", "alpha"), inert=frozenset(("r", "rank_pattern")), turn=scaled("lora_E"),
-        fill=numbers.adalora_fill, read=numbers.adalora_read, write=numbers.adalora_write, refuses=no_alpha,
+        fill=numbers.adalora_fill, drop=numbers.adalora_drop, read=numbers.adalora_read, write=numbers.adalora_write, refuses=no_alpha,
     ),
     Method(
         peft_type="IA3", variant="ia3", keys={"lora_l": "ia3_l"}, layers=lambda config, name: not feeds_forward(config, name),
@@ -240,7 +242,7 @@ METHODS: tuple[Method, ...] = (
     Method(
         peft_type="ROAD", variant="road", keys={"lora_theta": "road_theta", "lora_alpha": "road_alpha"}, alike=("group_size",),
         options=(Option("kind", "variant", "road_1"), Option("group_size", "group_size", 64)),
-        read=numbers.plus("lora_alpha", -1), write=numbers.plus("lora_alpha", 1), turn=scaled("lora_theta", "lora_alpha"),
+        read=numbers.ROAD_STRETCH.read, write=numbers.ROAD_STRETCH.write, turn=scaled("lora_theta", "lora_alpha"),
     ),
     Method(
         peft_type="DELORA", variant="delora", fixed={"init": "zeros"}, turn=scaled("lora_lambda"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -11,12 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite.base import dense_weight
+from lora_lite.checkpoint import strip_prefixes
 from lora_lite.config import RankedConfig
 from lora_lite.variant import Base, variant_of
 from lora_lite.variants.dora import row_norms
 from lora_lite.variants.pissa import PiSSA
 
 Fields = Mapping[str, Tensor]
+
+
+def common_dtype(tensors: Mapping[str, Fields]) -> torch.dtype:
+    """One dtype that holds all values: float32, or float64 where there are some."""
+    return functools.reduce(torch.promote_types, {v.dtype for fields in tensors.values() for v in fields.values()}, torch.float32)
 
 
 class At(NamedTuple):
@@ -38,10 +45,15 @@ class At(NamedTuple):
 
 
 Convert = Callable[[Fields, At], Fields]
+Said = dict[str, dict[str, Any]]  # dictionaries of PEFT's config, one layer's part of each
 
 
 def same(p: Fields, at: At) -> Fields:
     return p
+
+
+def nothing_dropped(p: Fields, at: At) -> tuple[Fields, Said]:
+    return p, {}
 
 
 def scaled(*names: str) -> Callable[[Fields, At, float], Fields]:
@@ -49,19 +61,34 @@ def scaled(*names: str) -> Callable[[Fields, At, float], Fields]:
     return lambda p, at, c: {k: v * c if k in names else v for k, v in p.items()}
 
 
-def plus(name: str, amount: float) -> Convert:
-    """A tensor that PEFT keeps around one and we as the distance from it."""
-    return lambda p, at: {**p, name: p[name] + amount}
+class Distance(NamedTuple):
+    """A tensor that PEFT keeps as a value and we as its distance from where it starts."""
+
+    name: str
+    start: Callable[[At], Tensor | float]
+
+    def read(self, p: Fields, at: At) -> Fields:
+        value = p[self.name]
+        return {**p, self.name: (value.double() - self.begin(value, at)).to(value.dtype)}
+
+    def write(self, p: Fields, at: At) -> Fields:
+        """In the first dtype that gives the distance back bit for bit: near 1 float32 is spaced by 1e-7, a distance of 1e-3 by 1e-10.
+        Float64 says all distances from 2e-9 of their start on; PEFT casts what it loads to float32."""
+        distance, begin = p[self.name], self.begin(p[self.name], at)
+        whole = distance.double() + begin
+        for dtype in dict.fromkeys((distance.dtype, torch.float32)):
+            if torch.equal((whole.to(dtype).double() - begin).to(distance.dtype), distance):
+                return {**p, self.name: whole.to(dtype)}
+        return {**p, self.name: whole}
+
+    def begin(self, like: Tensor, at: At) -> Tensor | float:
+        start = self.start(at)
+        return start.to(like.device) if isinstance(start, Tensor) else start
 
 
-def dora_read(p: Fields, at: At) -> Fields:
-    norm = torch.linalg.vector_norm(at.weight(), dim=1, dtype=torch.float64)
-    return {**p, "lora_m": (p["lora_m"].double() - norm.to(p["lora_m"].device)).to(p["lora_m"].dtype)}
-
-
-def dora_write(p: Fields, at: At) -> Fields:
-    norm = torch.linalg.vector_norm(at.weight(), dim=1, dtype=torch.float64)
-    return {**p, "lora_m": (p["lora_m"].double() + norm.to(p["lora_m"].device)).to(p["lora_m"].dtype)}
+ROAD_STRETCH = Distance("lora_alpha", lambda at: 1.0)
+IA3_GATE = Distance("lora_l", lambda at: 1.0)
+DORA_MAGNITUDE = Distance("lora_m", lambda at: torch.linalg.vector_norm(at.weight(), dim=1, dtype=torch.float64))
 
 
 def dora_turn(p: Fields, at: At, c: float) -> Fields:
@@ -99,6 +126,15 @@ def adalora_fill(p: Fields, at: At) -> Fields:
         return p  # refused with the other shapes
     more, pad = at.cfg.r - len(A), torch.nn.functional.pad
     return {"lora_A": pad(A, (0, 0, 0, more)), "lora_B": pad(B, (0, more)), "lora_E": pad(E, (0, 0, 0, more))}
+
+
+def adalora_drop(p: Fields, at: At) -> tuple[Fields, Said]:
+    """Ranks that are zero throughout, as `adalora_fill` puts them back, stay out of the file again; its config says which."""
+    kept = p["lora_A"].any(1) | p["lora_B"].any(0) | p["lora_E"].any(1)
+    if bool(kept.all()):
+        return p, {}
+    fields = {"lora_A": p["lora_A"][kept], "lora_B": p["lora_B"][:, kept], "lora_E": p["lora_E"][kept]}
+    return fields, {"rank_pattern": {f"{strip_prefixes(at.name)}.lora_E": kept.tolist()}}
 
 
 def adalora_read(p: Fields, at: At) -> Fields:
@@ -164,11 +200,11 @@ def gate_axis(at: At) -> int:
 
 def gate_read(p: Fields, at: At) -> Fields:
     gate = p["lora_l"]
-    return {"lora_l": gate.squeeze(gate_axis(at)) - 1} if gate.dim() == 2 else p
+    return IA3_GATE.read({"lora_l": gate.squeeze(gate_axis(at))}, at) if gate.dim() == 2 else p
 
 
 def gate_write(p: Fields, at: At) -> Fields:
-    return {"lora_l": (p["lora_l"] + 1).unsqueeze(gate_axis(at))}
+    return {"lora_l": IA3_GATE.write(p, at)["lora_l"].unsqueeze(gate_axis(at))}
 
 
 def oft_signed(p: Fields, at: At) -> Fields:

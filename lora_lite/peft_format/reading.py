@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import re
 from collections import Counter
@@ -24,7 +23,7 @@ from lora_lite.fitting import check_base, fitted, shapes_beside
 from lora_lite.peft_format.folder import Folder, key_pattern, read_folder, shared_pattern
 from lora_lite.peft_format.matching import named_layers, placed
 from lora_lite.peft_format.methods import INERT, METHODS, OFF, Method, method_candidates
-from lora_lite.peft_format.numbers import At, Found
+from lora_lite.peft_format.numbers import At, Found, common_dtype
 from lora_lite.variant import REGISTRY
 
 
@@ -84,18 +83,15 @@ def converted(model: nn.Module, found: Folder, part: str | None) -> tuple[Conten
     ats = {t: At(own_config(found, config, t, sizes(layers[t])), *sizes(layers[t]), layers[t], t) for t in here}
     theirs = {t: {**method.fill(sorted_keys.tensors[t], ats[t]), **sorted_keys.shared} for t in here}
     check_shapes(found, method, ats, theirs)
-    dtype = common_dtype(theirs)
-    tensors = {t: dict(method.read({f: v.to(dtype) for f, v in p.items()}, ats[t])) for t, p in theirs.items()}
+    wide = common_dtype(theirs)
+    dtype = found.dtype or wide
+    read = {t: method.read({f: v.to(wide) for f, v in p.items()}, ats[t]) for t, p in theirs.items()}
+    tensors = {t: {f: v.to(dtype) for f, v in p.items()} for t, p in read.items()}
     config = placed(dataclasses.replace(config, dtype=dtype), found.config, model, here)
     layer_sizes = {t: (at.d_in, at.d_out) for t, at in ats.items()}
     also = sorted_keys.also if here[0] == named[0] else {}  # once, though two parts be loaded
     contents = Contents(config, tensors, also, metadata=found.metadata, source=found.source)
     return fitted(contents, layer_sizes, shapes_beside(model, also)), layer_sizes
-
-
-def common_dtype(tensors: Mapping[str, Mapping[str, Tensor]]) -> torch.dtype:
-    """One dtype that holds all values: float32, or float64 where the file has some."""
-    return functools.reduce(torch.promote_types, {v.dtype for fields in tensors.values() for v in fields.values()}, torch.float32)
 
 
 def every_key(method: Method) -> dict[str, str]:

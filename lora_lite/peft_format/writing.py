@@ -18,7 +18,7 @@ from lora_lite.checkpoint import CheckpointError, listed, strip_prefixes
 from lora_lite.dial import check_float
 from lora_lite.peft_format.folder import FRONT, SHARED_FRONT, Folder, write_folder
 from lora_lite.peft_format.methods import LORA_SAYS, METHODS, Method
-from lora_lite.peft_format.numbers import At
+from lora_lite.peft_format.numbers import At, Said, common_dtype
 from lora_lite.peft_format.plain import errors, plain_updates
 
 Tensors = dict[str, Tensor]
@@ -92,7 +92,8 @@ def whole(adapter: Adapter, written: Written) -> Folder:
         raise CheckpointError("not saved: two of its layers have one name without their wrappers' prefixes")
     config = {**written.config, "modules_to_save": sorted({n.rpartition(".")[0] for n in beside}), **about(adapter, written.config)}
     tensors = written.tensors | {f"{FRONT}{n}": v for n, v in beside.items()}
-    return Folder({**config, "modules_to_save": config["modules_to_save"] or None}, tensors, adapter.metadata, adapter.fingerprint)
+    config["modules_to_save"] = config["modules_to_save"] or None
+    return Folder(config, tensors, adapter.metadata, adapter.fingerprint, common_dtype(adapter.tensors()))
 
 
 def joined(one: Folder, other: Folder) -> Folder:
@@ -104,7 +105,9 @@ def joined(one: Folder, other: Folder) -> Folder:
     prints = [f.fingerprint for f in (one, other) if f.fingerprint is not None]
     layers = {t: v for f in prints for t, v in f["targets"].items()}
     fingerprint = {**prints[0], "targets": layers} if len(prints) == 2 else None
-    return Folder(config, one.tensors | other.tensors, {**other.metadata, **one.metadata}, fingerprint)
+    dtypes = [f.dtype for f in (one, other) if f.dtype is not None]
+    dtype = functools.reduce(torch.promote_types, dtypes) if dtypes else None
+    return Folder(config, one.tensors | other.tensors, {**other.metadata, **one.metadata}, fingerprint, dtype)
 
 
 def check_endings(config: Mapping[str, Any]) -> None:
@@ -128,15 +131,18 @@ def native(adapter: Adapter, c: float) -> Written:
     held = {t: {field: p.detach() for field, p in fields.items()} for t, fields in adapter.tensors().items()}
     held, whole = in_common(method, held)
     tensors: Tensors = {f"{SHARED_FRONT}{end}": whole[field] for field, end in method.shared.items()}
+    said: Said = {}
     for t, at in ats.items():
         p = held[t] if c == 1.0 or method.turn is None else method.turn(held[t], at, c)
-        p = method.write(p, at)
+        p, told = method.drop(method.write(p, at), at)
+        for name, part in told.items():
+            said.setdefault(name, {}).update(part)
         tensors |= {f"{FRONT}{strip_prefixes(t)}.{end}": p[field] for field, end in method.keys.items()}
     own = adapter.config.renamed({t: strip_prefixes(t) for t in ats})
     config = {o.theirs: o.write(getattr(own, o.ours)) for o in method.options}
     if method.peft_type == "IA3":
         config["feedforward_modules"] = [strip_prefixes(t) for t, at in ats.items() if at.cfg.feedforward]
-    return Written(tensors, {"peft_type": method.peft_type, **method.says, **method.when, **config}, dict.fromkeys(ats, 0.0))
+    return Written(tensors, {"peft_type": method.peft_type, **method.says, **method.when, **config, **said}, dict.fromkeys(ats, 0.0))
 
 
 def places_of(adapter: Adapter) -> dict[str, At]:

@@ -225,7 +225,7 @@ class PeftSource:
             check_entries(str(file_path), head)
             self.tensors = TensorsOf(file_path, head, file)
         self.base = folder.parsed(f"{file_path}", metadata[folder.FINGERPRINT]) if folder.FINGERPRINT in metadata else None
-        found = folder.Folder(config, {}, {}, self.base, str(path))
+        found = folder.Folder(config, {}, fingerprint=self.base, source=str(path))
         self.method = known_methods(found)[0]
         if self.method.variant != "lora":
             raise CheckpointError(f"{path} is {self.method.variant!r}; without a model only LoRA is read: ll.from_peft(model, folder)")
