@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lora_lite.mixed import MixedLinear, linear, trains_across_dtypes
+from lora_lite.mixed import MixedLinear, linear, trains_across_dtypes, working
 
 FEW_ROWS = 8  # up to here two small kernels beat addmm's set-up: 1.146x against 1.178x of the base at one token, CORE.md section 6
 
@@ -79,10 +79,13 @@ def add_narrow(y: Tensor, h: Tensor, B: Tensor, scale: float | Tensor, gate: Ten
     elif B.dtype is not h.dtype and h.dtype is y.dtype and trains_across_dtypes(h, B):
         return MixedLinear.apply(y, h, B, scale)  # type: ignore[return-value]
     else:
-        B = B if B.dtype is h.dtype else B.to(h.dtype)
+        if B.dtype is not h.dtype:
+            dtype = working(h)
+            h, B = h.to(dtype), B.to(dtype)
         if h.dtype is y.dtype and y.numel() > FEW_ROWS * y.shape[-1]:
             rows, h = y.flatten(0, -2), h.flatten(0, -2)
             inplace = inplace and not torch.is_grad_enabled()  # into a view, it would cost the backward more than it saves
             return (rows.addmm_(h, B.t(), alpha=scale) if inplace else torch.addmm(rows, h, B.t(), alpha=scale)).view(y.shape)
-        out = torch.add(y, F.linear(h, B), alpha=scale)
+        up = F.linear(h, B)
+        out = y.add_(up, alpha=scale) if inplace and h.dtype is not y.dtype else torch.add(y, up, alpha=scale)
     return out if out.dtype is y.dtype else out.to(y.dtype)

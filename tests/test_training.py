@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import subprocess
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 import lora_lite as ll
+from lora_lite import hooks, mixed
 from tests.models import VARIANTS, Row, attach, each_variant, llama, mlp, normal, randomise, token_ids
-from tests.references import assert_close, assert_differs, same_bits
+from tests.references import TOLERANCE, assert_close, assert_differs, same_bits
 
 KINDS = ("lora", "ia3_ff", "dora")  # one per place that a hook has and way that it adds
 each_kind = pytest.mark.parametrize("row", [VARIANTS[k] for k in KINDS], ids=KINDS)
@@ -248,3 +251,47 @@ def test_an_ordinary_loop_with_accumulation_equals_one_batch(row: Row) -> None:
     for p, want in zip(adapter.parameters(), together, strict=True):
         assert p.grad is not None
         assert_close(p.grad / want.abs().max(), want / want.abs().max())
+
+
+# --- half precision ----------------------------------------------------------------------------------------------------
+
+
+class Products(TorchDispatchMode):
+    """The dtypes that matrices were multiplied in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__.strip("_") in ("mm", "addmm", "mv", "bmm", "addmv"):
+            self.dtypes.append(args[-1].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["lora", "miss", "vera"])
+@pytest.mark.parametrize("shape", [(1, 1), (40,), (3, 40)])
+def test_half_precision_is_multiplied_in_float32_where_it_is_slow(
+    name: str, dtype: torch.dtype, slow: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixed, "SLOW", {dtype} if slow else set())
+    monkeypatch.setattr(hooks, "LARGE", 0)
+    layer = nn.Sequential(nn.Linear(16, 24, bias=False)).to(dtype)
+    adapter = randomise(attach(layer, VARIANTS[name], targets="all-linear"))
+    truth = copy.deepcopy(layer).double()
+    x = normal(*shape, 16).to(dtype).requires_grad_()
+    exact_x = x.detach().double().requires_grad_()
+    y, want = layer(x), truth(exact_x)
+    trained = list(adapter.parameters())
+    got = torch.autograd.grad(y.float().square().sum(), [x, *trained])
+    (twin,) = ll.adapters(truth).values()
+    wanted = torch.autograd.grad(want.square().sum(), [exact_x, *twin.parameters()])
+    assert y.dtype is dtype and [g.dtype for g in got] == [dtype, *(torch.float32 for _ in trained)]
+    for g, w in zip((y, *got), (want, *wanted), strict=True):
+        assert_close(g.double(), w, tolerance=TOLERANCE[dtype])
+    with Products() as seen, torch.no_grad():
+        again = layer(x)
+    assert_close(again.double(), want, tolerance=TOLERANCE[dtype])
+    assert seen.dtypes[0] is dtype and set(seen.dtypes[1:]) == {torch.float32 if slow else dtype}
