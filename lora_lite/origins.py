@@ -66,7 +66,8 @@ def look_any(path: str | os.PathLike[str]) -> Findings:
     except Exception as error:  # anyone may have written the header
         raise CheckpointError(f"{path}: its header cannot be read: {brief(error)}") from error
     beside = {k: v for k, v in metadata.items() if k not in SAID and k not in RESERVED}
-    says_where = {"targets", "layer_range"} <= metadata.keys()
+    said = object_from(strict_json(metadata["cfg"])) if reader is from_guide else metadata
+    says_where = "targets" in said and not {"layer_range", "layers"}.isdisjoint(said)
     contents = Contents(config, tensors, metadata=beside, source=str(path), by=SYSTEMS[reader], says_where=says_where)
     return Findings(contents, problem("holding NaN or infinity", non_finite(flat)))
 
