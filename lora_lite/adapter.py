@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -36,6 +37,7 @@ from lora_lite.varied import Schedule, by_layer, limit, scheduled
 
 Path = str | os.PathLike[str]
 CValue = Coefficient | str | Mapping[str, Coefficient] | Schedule
+WIDTHS = ("r", "block_size", "group_size")
 _HANDLES: weakref.WeakKeyDictionary[Shared, weakref.ref[Adapter]] = weakref.WeakKeyDictionary()
 
 
@@ -157,10 +159,8 @@ class Adapter:
     def __repr__(self) -> str:
         c = self._dial.setting().c
         where = f"merged at c={self._merged.c}" if self._merged is not None else f"attached, c={c}" if self.attached else "detached"
-        rank = f" r={r}" if (r := getattr(self.config, "r", None)) else ""
-        return (
-            f"Adapter({self.name!r}: {self.variant.name}{rank} on {len(self._sizes)} targets, {self.num_parameters():,} trainable, {where})"
-        )
+        what = " ".join([self.variant.name, *widths(self.config, self._sizes)])
+        return f"Adapter({self.name!r}: {what} on {len(self._sizes)} targets, {self.num_parameters():,} trainable, {where})"
 
     def print_trainable_parameters(self) -> None:
         """One line: trainable, all, and their ratio, counting the model it is attached to."""
@@ -446,6 +446,21 @@ class Adapter:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
+
+
+def widths(config: AdapterConfig, layer_sizes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """What a method is as wide as at the layers, which may have no room for what the config asks: "r=16 (8 on 12 layers)", "r=4..16"."""
+    at = [config.at(t, *size) for t, size in layer_sizes.items()]
+    return [in_words(n, getattr(config, n), [getattr(cfg, n) for cfg in at]) for n in WIDTHS if hasattr(config, n)]
+
+
+def in_words(name: str, asked: int, found: list[int]) -> str:
+    counts = Counter(found)
+    if len(counts) > 2:
+        return f"{name}={min(counts)}..{max(counts)}"
+    usual = asked if asked in counts or not counts else max(counts, key=counts.__getitem__)
+    others = [f" ({n} on {times} layer{'s' * (times > 1)})" for n, times in counts.items() if n != usual]
+    return f"{name}={usual}{''.join(others)}"
 
 
 def check_name(name: str) -> str:

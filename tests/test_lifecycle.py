@@ -983,3 +983,27 @@ def test_printed_an_adapter_says_what_it_is(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].split() == ["name", "type", "d_in", "d_out", "block", "role"] and "6 targets" in printed
     assert re.search(r"layers\.0\.up +Linear +12 +20 +0 of 3 +reader", printed)
+
+
+PRINTED: dict[str, tuple[ll.AdapterConfig, str]] = {  # the MLP's layers are 12 -> 20 and 20 -> 12
+    "as asked for": (ll.LoRAConfig(r=4), "lora r=4 on 6"),
+    "a rank_pattern": (ll.LoRAConfig(r=4, rank_pattern={"up": 2}), "lora r=4 (2 on 3 layers) on 6"),
+    "a rank_pattern for all": (ll.LoRAConfig(r=16, rank_pattern={"up": 2, "down": 3}), "lora r=2 (3 on 3 layers) on 6"),
+    "one layer": (ll.LoRAConfig(r=4, rank_pattern={r"0\.up": 2}), "lora r=4 (2 on 1 layer) on 6"),
+    "many": (ll.LoRAConfig(r=4, rank_pattern={r"0\.up": 2, r"1\.up": 7}), "lora r=2..7 on 6"),
+    "pissa": (ll.PiSSAConfig(r=16), "pissa r=12 on 6"),
+    "miss": (ll.MiSSConfig(r=16), "miss r=16 (12 on 3 layers) on 6"),
+    "antipasto": (ll.AntiPaSTOConfig(r=64, block_size=16), "antipasto r=12 block_size=12 on 6"),
+    "oft": (ll.OFTConfig(block_size=10), "oft block_size=10 (6 on 3 layers) on 6"),
+    "road": (ll.ROADConfig(group_size=16), "road group_size=10 (12 on 3 layers) on 6"),
+    "nothing to be wide": (ll.IA3Config(), "ia3 on 6"),
+}
+
+
+@pytest.mark.parametrize("what", PRINTED)
+def test_printed_an_adapter_says_what_its_layers_have_and_not_what_was_asked_for(what: str) -> None:
+    config, words = PRINTED[what]
+    adapter = ll.attach(mlp(), config)
+    assert f": {words} targets" in repr(adapter)
+    adapter.detach()
+    assert f": {words} targets" in repr(adapter)
