@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import io
 import itertools
@@ -1007,3 +1008,37 @@ def test_printed_an_adapter_says_what_its_layers_have_and_not_what_was_asked_for
     assert f": {words} targets" in repr(adapter)
     adapter.detach()
     assert f": {words} targets" in repr(adapter)
+
+
+@contextlib.contextmanager
+def warned() -> Iterator[io.StringIO]:
+    logger.enable("lora_lite")
+    try:
+        with heard("WARNING") as text:
+            yield text
+    finally:
+        logger.disable("lora_lite")
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "hira", "delora", "adalora"])
+def test_a_rank_wider_than_a_layer_is_warned_of_once(name: str, tmp_path: Path) -> None:
+    config: Any = dataclasses.replace(VARIANTS[name].config, r=14, rank_pattern={r"1\.up": 12, r"2\.up": 30})
+    with warned() as text:
+        adapter = ll.attach(mlp(), config)
+    (line,) = text.getvalue().splitlines()
+    assert re.search(
+        r"Config trains r=14 on layers\.0\.up \(12 -> 20\), whose weight has rank 12 at most \(5 of 6 targets are such\)", line
+    )
+    adapter.save(tmp_path / "a.safetensors")
+    adapter.detach()
+    with warned() as text:  # said when it was chosen
+        ll.attach(mlp(), adapter).detach()
+        ll.load(mlp(), tmp_path / "a.safetensors")
+    assert not text.getvalue()
+
+
+def test_a_rank_that_fits_is_not_warned_of() -> None:
+    with warned() as text:
+        for config in (ll.LoRAConfig(r=12), ll.PiSSAConfig(r=99), ll.MiSSConfig(r=99), ll.VeRAConfig(r=99), ll.LoRAXSConfig(r=99)):
+            ll.attach(mlp(), config)
+    assert not text.getvalue()
