@@ -243,7 +243,7 @@ class SharedSubspace:
         """Parameters for a hand-written loop: `{layer}.loadings_a`/`_b` (a core or a diagonal: `{layer}.loadings`), starting at the
         task. num_expand further directions per side are the trained task's own until `commit`."""
         state = self._state
-        having(state, task_id)
+        training.check_directions(having(state, task_id), num_expand)
         return training.trainable(state, task_id, num_expand, seed)
 
     def starting(
