@@ -159,6 +159,8 @@ class Adapter:
     def __repr__(self) -> str:
         c = self._dial.setting().c
         where = f"merged at c={self._merged.c}" if self._merged is not None else f"attached, c={c}" if self.attached else "detached"
+        gone = [] if self._at is None else self._at.gone()
+        where += f", but {len(gone)} of these layers are no longer in the model, such as {gone[0]}" if gone else ""
         what = " ".join([self.variant.name, *widths(self.config, self._sizes)])
         return f"Adapter({self.name!r}: {what} on {len(self._sizes)} targets, {self.num_parameters():,} trainable, {where})"
 
@@ -192,6 +194,7 @@ class Adapter:
         """
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"step is a count of optimizer steps, from 1 (or 0, where only sensitivities are taken), got {step!r}")
+        self._refuse_replaced()
         with torch.no_grad():
             self.variant.on_step(self.config, step, self.tensors())
 
@@ -209,6 +212,7 @@ class Adapter:
     @c.setter
     def c(self, c: CValue) -> None:
         self._refuse_merged("set c")
+        self._refuse_replaced()
         self._dial.turn(self._resting(c))
 
     def set_coeff(self, c: CValue) -> None:
@@ -262,6 +266,10 @@ class Adapter:
         if not at.looks_intact():
             at.check(refuse)
         return self._block(c)
+
+    def _refuse_replaced(self) -> None:
+        if self._at is not None and not self._at.looks_intact():
+            self._at.check(refuse)
 
     def _block(self, c: CValue) -> AbstractContextManager[Any]:
         if type(c) is float:  # most of all, and each other question costs a fraction of a microsecond

@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite import attachment
+from lora_lite import attachment, placement
 from tests.models import VARIANTS, Row, attach, each_variant, llama, mlp, normal, randomise, tensors_at, token_ids
 from tests.references import assert_close, assert_differs, same_bits
 from tests.test_laws import changed, mixed_flags, snapshot
@@ -672,6 +672,72 @@ def test_a_layer_that_was_replaced_is_not_dropped_in_silence(tmp_path: Path) -> 
         said.append(str(error))
     kept = adapter.state_dict() if not said else {}
     assert any(UP in text for text in said) or (kept.keys() == state.keys() and all(same_bits(kept[n], v) for n, v in state.items()))
+
+
+def replaced_block(model: Any) -> None:
+    model.layers[0] = copy.deepcopy(mlp().layers[0])
+
+
+def in_modules(model: Any) -> None:  # the head alone: nobody hears of it
+    model.layers[2]._modules["down"] = nn.Linear(20, 12)
+
+
+REPLACED: dict[str, tuple[Callable[[Any], Any], int, str]] = {
+    "a layer": (lambda m: setattr(m.layers[0], "up", nn.Linear(12, 20)), 1, UP),
+    "a layer by register_module": (lambda m: m.layers[1].register_module("up", nn.Linear(12, 20)), 1, "layers.1.up"),
+    "set_submodule": (lambda m: m.set_submodule("layers.1.down", nn.Linear(20, 12)), 1, "layers.1.down"),
+    "a block": (replaced_block, 2, UP),
+    "None, then another": (lambda m: (setattr(m.layers[0], "up", None), setattr(m.layers[0], "up", nn.Linear(12, 20))), 1, UP),
+    "the last in _modules": (in_modules, 1, "layers.2.down"),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_a_layer_replaced_after_attaching_is_noticed_before_the_next_block(what: str) -> None:
+    replace, n, first = REPLACED[what]
+    model = mlp()
+    adapter = randomise(attach(model, LORA))
+    with adapter(model, c=0.5):  # all was well
+        pass
+    replace(model)
+    assert f", but {n} of these layers are no longer in the model, such as {first})" in repr(adapter)
+    entered = lambda: adapter(model, c=0.5)  # noqa: E731
+    for call in (entered, entered, lambda: setattr(adapter, "c", 0.5), lambda: adapter.on_step(1)):
+        with pytest.raises(RuntimeError, match=rf"the model has replaced \['{re.escape(first)}'.*\({n} in all\) since; detach and attach"):
+            call()
+    adapter.detach()
+    assert "no longer" not in repr(adapter)
+    with adapter.put_on(model, known_base=True)(model, c=0.5):
+        assert "no longer" not in repr(adapter)
+
+
+def test_what_is_wrapped_or_put_elsewhere_is_not_taken_for_replaced() -> None:
+    model = mlp()
+    adapter = randomise(attach(model, LORA))
+    with adapter(model, c=0.5):
+        want = model(X)
+    nn.Linear(3, 3), mlp()
+    for i in (0, 2):
+        model.layers[i].down = nn.Sequential(model.layers[i].down)
+    with adapter(model, c=0.5):
+        assert same_bits(model(X), want)
+    assert "no longer" not in repr(adapter)
+
+
+def test_all_layers_are_looked_through_only_when_a_module_got_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looked = mlp(), []
+    adapter = attach(model, LORA)
+    gone = placement.Placement.gone
+    monkeypatch.setattr(placement.Placement, "gone", lambda self: looked.append(1) or gone(self))
+    for _ in range(3):
+        with adapter(model, c=0.5):
+            pass
+    assert not looked
+    nn.Sequential(nn.Linear(2, 2))
+    for _ in range(3):
+        with adapter(model, c=0.5):
+            pass
+    assert len(looked) == 1
 
 
 @pytest.mark.parametrize("row", [LORA, IA3, FF], ids=["lora", "ia3", "ia3_ff"])
