@@ -387,6 +387,7 @@ class Adapter:
 
     def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write one safetensors file (docs/format.md), atomically. Raises ValueError for non-finite tensors or reserved keys."""
+        path = checkpoint.as_path(path, "adapter.save(path, metadata={...})")
         if self._at is not None:
             self._at.check(refuse)
         tensors = {t: {f: p.detach() for f, p in fields.items()} for t, fields in self.tensors().items()}

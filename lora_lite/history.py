@@ -30,7 +30,7 @@ from lora_lite.dial import DIALS, Block, Coefficient
 from lora_lite.doses import DoseDial, Doses
 from lora_lite.hooks import HOOKS
 from lora_lite.keeping import as_lora, extended, given, kept_of, lora_config, without
-from lora_lite.target import Target
+from lora_lite.target import Target, check_model
 
 Pairs = Sequence[tuple[Adapter, Coefficient]]
 Gate = Adapter | Callable[[], Any] | None
@@ -243,6 +243,7 @@ def stack(model: nn.Module, adapters: Pairs, gate: Gate = None, strict_base: boo
     Their doses hold in this context only (another thread sees the base) and may be turned inside: `as s: s.set_coeff(0, 1.2)`.
     Doses that differ by row make one matrix (rows x adapters): a batched generate runs every combination at once.
     """
+    check_model(model)
     pairs = as_pairs(adapters)
     history = HistoryBake(model, [(adapter, 0.0) for adapter, _ in pairs], gate, strict_base)
     try:

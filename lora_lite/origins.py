@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from lora_lite.checkpoint import (
     CheckpointError,
     Contents,
     Findings,
+    as_path,
     brief,
     by_target,
     check_entries,
@@ -49,7 +49,7 @@ SPECTRUM = {"U": "lora_U", "Vh": "lora_Vh", "delta_s": "lora_dS", "S": "S"}
 
 def look_any(path: str | os.PathLike[str]) -> Findings:
     """A file of ours by `checkpoint.look`, or one of the origin systems'. Raises what that raises."""
-    check_place(Path(path))
+    check_place(as_path(path))
     with open(path, "rb") as file:
         head = read_header(str(path), file)
         metadata: dict[str, str] = head.pop("__metadata__", None) or {}
