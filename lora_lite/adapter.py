@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ from lora_lite.attachment import (
     targets_by_name,
     unwrapped,
 )
+from lora_lite.baked import Baked
 from lora_lite.base import fingerprint
 from lora_lite.config import AdapterConfig
 from lora_lite.dial import Block, Coefficient, Dial, Setting, check_float
@@ -322,6 +323,8 @@ class Adapter:
             self._dial.settle(previous[1])
             raise
         logger.debug("attached {}", self)
+        if not self._dial.rest.off:
+            say_twice(self, [hook.shared for _, _, hook in all_hooks(model) if isinstance(hook.shared, Baked)])
         return self
 
     def _adopt(self, at: Placement) -> None:
@@ -480,6 +483,24 @@ def check_name(name: str) -> str:
 
 def refuse(message: str) -> None:
     raise RuntimeError(message)
+
+
+def marks(adapter: Adapter) -> tuple[float, ...]:
+    """A few of its trained numbers, from the first layer and the last: those of two adapters agree where one is a copy of the other."""
+    tensors, ends = adapter.tensors(), {adapter.targets[0]: None, adapter.targets[-1]: None}
+    trained = [p.detach().flatten() for t in ends for f, p in tensors[t].items() if adapter._specs[t][f].trainable]
+    return tuple(number for v in trained for number in v[:: max(1, v.numel() // 4)][:4].double().tolist())
+
+
+def say_twice(adapter: Adapter, histories: Iterable[Baked]) -> None:
+    """Warn of an attached adapter that is in a history on its model too."""
+    mine = marks(adapter) if (found := list(dict.fromkeys(histories))) else ()
+    for history in found:
+        if any(kept.marks == mine and kept.config.variant == adapter.variant.name for kept in history.kept):
+            logger.warning(
+                "adapter {!r} is attached at c={} and {} on the same model holds it too, so it counts twice: detach() it, set its c to 0, "
+                "or take it out of the history", adapter.name, adapter.c, history.name,
+            )  # fmt: skip
 
 
 def as_parameters(
