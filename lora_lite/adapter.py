@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -25,6 +26,7 @@ from lora_lite.attachment import (
     targets_by_name,
     unwrapped,
 )
+from lora_lite.baked import Baked
 from lora_lite.base import fingerprint
 from lora_lite.config import AdapterConfig
 from lora_lite.dial import Block, Coefficient, Dial, Setting, check_float
@@ -36,6 +38,7 @@ from lora_lite.varied import Schedule, by_layer, limit, scheduled
 
 Path = str | os.PathLike[str]
 CValue = Coefficient | str | Mapping[str, Coefficient] | Schedule
+WIDTHS = ("r", "block_size", "group_size")
 _HANDLES: weakref.WeakKeyDictionary[Shared, weakref.ref[Adapter]] = weakref.WeakKeyDictionary()
 
 
@@ -157,10 +160,10 @@ class Adapter:
     def __repr__(self) -> str:
         c = self._dial.setting().c
         where = f"merged at c={self._merged.c}" if self._merged is not None else f"attached, c={c}" if self.attached else "detached"
-        rank = f" r={r}" if (r := getattr(self.config, "r", None)) else ""
-        return (
-            f"Adapter({self.name!r}: {self.variant.name}{rank} on {len(self._sizes)} targets, {self.num_parameters():,} trainable, {where})"
-        )
+        gone = [] if self._at is None else self._at.gone()
+        where += f", but {len(gone)} of these layers are no longer in the model, such as {gone[0]}" if gone else ""
+        what = " ".join([self.variant.name, *widths(self.config, self._sizes)])
+        return f"Adapter({self.name!r}: {what} on {len(self._sizes)} targets, {self.num_parameters():,} trainable, {where})"
 
     def print_trainable_parameters(self) -> None:
         """One line: trainable, all, and their ratio, counting the model it is attached to."""
@@ -192,6 +195,7 @@ class Adapter:
         """
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"step is a count of optimizer steps, from 1 (or 0, where only sensitivities are taken), got {step!r}")
+        self._refuse_replaced()
         with torch.no_grad():
             self.variant.on_step(self.config, step, self.tensors())
 
@@ -209,6 +213,7 @@ class Adapter:
     @c.setter
     def c(self, c: CValue) -> None:
         self._refuse_merged("set c")
+        self._refuse_replaced()
         self._dial.turn(self._resting(c))
 
     def set_coeff(self, c: CValue) -> None:
@@ -263,6 +268,10 @@ class Adapter:
             at.check(refuse)
         return self._block(c)
 
+    def _refuse_replaced(self) -> None:
+        if self._at is not None and not self._at.looks_intact():
+            self._at.check(refuse)
+
     def _block(self, c: CValue) -> AbstractContextManager[Any]:
         if type(c) is float:  # most of all, and each other question costs a fraction of a microsecond
             return Block(self._dial, c)
@@ -314,6 +323,8 @@ class Adapter:
             self._dial.settle(previous[1])
             raise
         logger.debug("attached {}", self)
+        if not self._dial.rest.off:
+            say_twice(self, [hook.shared for _, _, hook in all_hooks(model) if isinstance(hook.shared, Baked)])
         return self
 
     def _adopt(self, at: Placement) -> None:
@@ -379,6 +390,7 @@ class Adapter:
 
     def save(self, path: Path, metadata: Mapping[str, str] | None = None) -> None:
         """Write one safetensors file (docs/format.md), atomically. Raises ValueError for non-finite tensors or reserved keys."""
+        path = checkpoint.as_path(path, "adapter.save(path, metadata={...})")
         if self._at is not None:
             self._at.check(refuse)
         tensors = {t: {f: p.detach() for f, p in fields.items()} for t, fields in self.tensors().items()}
@@ -448,6 +460,21 @@ class Adapter:
         self.__init__(**state)
 
 
+def widths(config: AdapterConfig, layer_sizes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """What a method is as wide as at the layers, which may have no room for what the config asks: "r=16 (8 on 12 layers)", "r=4..16"."""
+    at = [config.at(t, *size) for t, size in layer_sizes.items()]
+    return [in_words(n, getattr(config, n), [getattr(cfg, n) for cfg in at]) for n in WIDTHS if hasattr(config, n)]
+
+
+def in_words(name: str, asked: int, found: list[int]) -> str:
+    counts = Counter(found)
+    if len(counts) > 2:
+        return f"{name}={min(counts)}..{max(counts)}"
+    usual = asked if asked in counts or not counts else max(counts, key=counts.__getitem__)
+    others = [f" ({n} on {times} layer{'s' * (times > 1)})" for n, times in counts.items() if n != usual]
+    return f"{name}={usual}{''.join(others)}"
+
+
 def check_name(name: str) -> str:
     if not isinstance(name, str) or not name.isidentifier() or "__" in name:
         raise ValueError(f"an adapter's name is an identifier without a double underscore, got {name!r}")
@@ -456,6 +483,24 @@ def check_name(name: str) -> str:
 
 def refuse(message: str) -> None:
     raise RuntimeError(message)
+
+
+def marks(adapter: Adapter) -> tuple[float, ...]:
+    """A few of its trained numbers, from the first layer and the last: those of two adapters agree where one is a copy of the other."""
+    tensors, ends = adapter.tensors(), {adapter.targets[0]: None, adapter.targets[-1]: None}
+    trained = [p.detach().flatten() for t in ends for f, p in tensors[t].items() if adapter._specs[t][f].trainable]
+    return tuple(number for v in trained for number in v[:: max(1, v.numel() // 4)][:4].double().tolist())
+
+
+def say_twice(adapter: Adapter, histories: Iterable[Baked]) -> None:
+    """Warn of an attached adapter that is in a history on its model too."""
+    mine = marks(adapter) if (found := list(dict.fromkeys(histories))) else ()
+    for history in found:
+        if any(kept.marks == mine and kept.config.variant == adapter.variant.name for kept in history.kept):
+            logger.warning(
+                "adapter {!r} is attached at c={} and {} on the same model holds it too, so it counts twice: detach() it, set its c to 0, "
+                "or take it out of the history", adapter.name, adapter.c, history.name,
+            )  # fmt: skip
 
 
 def as_parameters(

@@ -41,6 +41,32 @@ MEANT = {
 }
 
 
+def check_config(config: Any) -> None:
+    """Raise TypeError, with what to write, for what is no config: a class of them, a variant's name, an Adapter, a path, a dict."""
+    if isinstance(config, AdapterConfig):
+        return
+    kind = getattr(config, "Config", config) if isinstance(config, type) else named(config)
+    if isinstance(kind, type) and issubclass(kind, AdapterConfig):
+        said = f"the class {config.__name__}" if isinstance(config, type) else repr(config)
+        raise TypeError(
+            f"expected a config, got {said}; write {kind.__name__}(), with what is not to be as usual: {kind.__name__}(targets=...)"
+        )
+    way = (
+        "adapter.config is an Adapter's"
+        if isinstance(getattr(config, "config", None), AdapterConfig)
+        else "ll.load(model, path) reads files"
+    )
+    raise TypeError(f"expected a config such as LoRAConfig(), got {type(config).__name__}: {str(config)[:80]!r}; {way}")
+
+
+def named(variant: Any) -> type[AdapterConfig] | None:
+    """The config's class that has this variant's name."""
+    kinds = [AdapterConfig]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    return next((kind for kind in kinds if isinstance(variant, str) and variant and kind.variant == variant), None)
+
+
 def misnamed(kind: type[AdapterConfig], names: Iterable[str]) -> str | None:
     """Which of these are no fields of a config, and what they are called; None where all are."""
     known = [f.name for f in dataclasses.fields(kind)]

@@ -14,7 +14,7 @@ from lora_lite.base import compare_fingerprint, fingerprint, is_linear, sizes
 from lora_lite.checkpoint import IS_IT, CheckpointError, Contents, Findings, listed, misfits, renamed
 from lora_lite.config import AdapterConfig
 from lora_lite.origins import look_any
-from lora_lite.target import find_targets
+from lora_lite.target import band_of, find_targets
 from lora_lite.variant import variant_of
 
 Path = str | os.PathLike[str]
@@ -141,7 +141,7 @@ def misplaced(contents: Contents, model: nn.Module) -> list[str]:
         return [f"its header means no layer here: {error}"]
     lacks, extra = [t for t in meant if t not in contents.tensors], [t for t in contents.tensors if t not in meant]
     differing = [f"{what}: {listed(names)}" for what, names in (("not in the file", lacks), ("not meant", extra)) if names]
-    said = f"targets={contents.config.targets!r}, layer_range={contents.config.layer_range}"
+    said = f"targets={contents.config.targets!r}, {band_of(contents.config)}"
     found = f"its header ({said}) means {len(meant)} layers of this {type(model).__name__}, the file has {len(contents.tensors)}"
     return [f"{found} ({'; '.join(differing)})"] if differing else []
 

@@ -13,6 +13,7 @@ DoRAs do not commute. (Input sites run before output sites: a live ia3_ff change
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lite import compiled, fitting, recompute
-from lora_lite.adapter import Adapter
+from lora_lite.adapter import Adapter, say_twice
 from lora_lite.attachment import all_hooks, inner, ledger_of, refuse_merged, targets_by_name, unwrapped
 from lora_lite.baked import Baked, Content, HistoryHook, history_hooks
 from lora_lite.base import fingerprint, refusal
@@ -30,7 +31,8 @@ from lora_lite.dial import DIALS, Block, Coefficient
 from lora_lite.doses import DoseDial, Doses
 from lora_lite.hooks import HOOKS
 from lora_lite.keeping import as_lora, extended, given, kept_of, lora_config, without
-from lora_lite.target import Target
+from lora_lite.lifecycle import adapters as attached
+from lora_lite.target import Target, check_model
 
 Pairs = Sequence[tuple[Adapter, Coefficient]]
 Gate = Adapter | Callable[[], Any] | None
@@ -43,6 +45,8 @@ class HistoryBake:
     A snapshot: adapters given are cloned, and may be trained, changed or dropped afterwards. Its tensors are frozen Parameters
     on the layers (`lora_A__history__0`); the base's `requires_grad` flags are left as they are. The doses are c's as an
     adapter's: a number, one per row, or one per token of a full forward; one that requires gradients is trained.
+    An adapter that is attached beside a history which holds it (or a copy of it, or its file) counts twice: when either comes onto the
+    model, at another c than 0, a warning of the log says so. What was trained on since then is another adapter.
 
     gate  None: always open. An adapter: open where that adapter's c is not 0, row by row. A callable without arguments: asked
           at every hook of every forward, by its truth or, for a tensor of several entries, row by row; `lambda: adapter.c != 0`
@@ -199,6 +203,9 @@ class HistoryBake:
         for (path, site), (target, content) in contents.items():
             hook = history_hooks(target.module, baked).get(site) or HistoryHook(site, path, target.routed, baked)
             hook.hold(target.module, content)
+        for live in attached(self._model).values() if pairs else ():
+            if not live._dial.setting().off:
+                say_twice(live, [dataclasses.replace(baked, kept=baked.kept[before:])])
 
     def _targets(self, adapter: Adapter, strict_base: bool) -> list[Target]:
         """The adapter's layers on this model, once it is clear that they can carry it."""
@@ -243,6 +250,7 @@ def stack(model: nn.Module, adapters: Pairs, gate: Gate = None, strict_base: boo
     Their doses hold in this context only (another thread sees the base) and may be turned inside: `as s: s.set_coeff(0, 1.2)`.
     Doses that differ by row make one matrix (rows x adapters): a batched generate runs every combination at once.
     """
+    check_model(model)
     pairs = as_pairs(adapters)
     history = HistoryBake(model, [(adapter, 0.0) for adapter, _ in pairs], gate, strict_base)
     try:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lora_lite.adapter import Adapter
+from lora_lite.adapter import Adapter, marks
 from lora_lite.attachment import Reader, fresh_parameter
 from lora_lite.baked import Baked, Content, HistoryHook
 from lora_lite.config import AdapterConfig
@@ -27,10 +27,11 @@ class Kept(NamedTuple):
     config: AdapterConfig
     sizes: Mapping[str, tuple[int, int]]
     form: str
+    marks: tuple[float, ...] = ()  # by which a copy of it is known: beside it, it would count twice
 
 
 def kept_of(adapter: Adapter) -> Kept:
-    return Kept(adapter.name, adapter.config, dict(adapter.sizes), adapter.variant.form)
+    return Kept(adapter.name, adapter.config, dict(adapter.sizes), adapter.variant.form, marks(adapter))
 
 
 class Given(NamedTuple):

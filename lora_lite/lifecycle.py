@@ -8,6 +8,7 @@ from numbers import Integral
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -20,7 +21,7 @@ from lora_lite.dial import Coefficient, Setting
 from lora_lite.hooks import Hook
 from lora_lite.initialise import Start, Tensors, check_calibration, start
 from lora_lite.target import Target, find_targets
-from lora_lite.variant import Variant, variant_of
+from lora_lite.variant import ParamSpec, Variant, variant_of
 
 
 @runtime_checkable
@@ -97,6 +98,7 @@ def attach(
     if shared is not None and (known := shared.base_of([t.name for t in targets])) is not None:
         fitting.check_base("the subspace", known, base, True, "a subspace serves the base its adapters were trained on")
     fresh = Start(config, given, {}) if given is not None else start(model, config, targets, calibration_data, seed, exclude, loss)
+    _warn_of_ranks(fresh.config, targets)
     adapter = Adapter(
         fresh.config,
         placed(targets, fresh),
@@ -116,6 +118,25 @@ def _check_kinds(seed: Any, shared: Any) -> None:
         raise TypeError(f"seed must be a whole number, got {type(seed).__name__}: {seed!r}")
     if not (shared is None or isinstance(shared, Bases)):
         raise TypeError(f"shared must be a SharedSubspace, got {type(shared).__name__}: {shared!r}; ll.SharedSubspace.load(path) reads one")
+
+
+def _warn_of_ranks(config: AdapterConfig, targets: Sequence[Target]) -> None:
+    """Once, of layers with a trained A and B of more ranks than the smaller side of the layer, which no update of it can have."""
+    ranks = {t.name: _trained_rank(variant_of(config).param_specs(*t.shape, config.at(t.name, *t.shape)), t) for t in targets}
+    if wide := [t for t in targets if ranks[t.name] > min(t.shape)]:
+        least = min(wide, key=lambda t: min(t.shape))
+        logger.warning(
+            "{} trains r={} on {} ({} -> {}), whose weight has rank {} at most ({} of {} targets are such): what is beyond costs, and adds "
+            "no rank; lower r, or give these layers a smaller one in rank_pattern",
+            type(config).__name__, ranks[least.name], least.name, *least.shape, min(least.shape), len(wide), len(targets),
+        )  # fmt: skip
+
+
+def _trained_rank(specs: Mapping[str, ParamSpec], t: Target) -> int:
+    """r of a trained pair A (r, d_in) and B (d_out, r); 0 where there is none."""
+    A, B = specs.get("lora_A"), specs.get("lora_B")
+    pair = A is not None and B is not None and A.trainable and B.trainable and (A.shape[1:], B.shape[:1]) == ((t.d_in,), (t.d_out,))
+    return A.shape[0] if A is not None and pair else 0
 
 
 def _on_bases(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from lora_lite.checkpoint import (
     CheckpointError,
     Contents,
     Findings,
+    as_path,
     brief,
     by_target,
     check_entries,
@@ -49,7 +49,7 @@ SPECTRUM = {"U": "lora_U", "Vh": "lora_Vh", "delta_s": "lora_dS", "S": "S"}
 
 def look_any(path: str | os.PathLike[str]) -> Findings:
     """A file of ours by `checkpoint.look`, or one of the origin systems'. Raises what that raises."""
-    check_place(Path(path))
+    check_place(as_path(path))
     with open(path, "rb") as file:
         head = read_header(str(path), file)
         metadata: dict[str, str] = head.pop("__metadata__", None) or {}
@@ -66,7 +66,8 @@ def look_any(path: str | os.PathLike[str]) -> Findings:
     except Exception as error:  # anyone may have written the header
         raise CheckpointError(f"{path}: its header cannot be read: {brief(error)}") from error
     beside = {k: v for k, v in metadata.items() if k not in SAID and k not in RESERVED}
-    says_where = {"targets", "layer_range"} <= metadata.keys()
+    said = object_from(strict_json(metadata["cfg"])) if reader is from_guide else metadata
+    says_where = "targets" in said and not {"layer_range", "layers"}.isdisjoint(said)
     contents = Contents(config, tensors, metadata=beside, source=str(path), by=SYSTEMS[reader], says_where=says_where)
     return Findings(contents, problem("holding NaN or infinity", non_finite(flat)))
 

@@ -15,7 +15,7 @@ from loguru import logger
 from torch import nn
 
 from lora_lite.base import is_linear, never_called, sizes
-from lora_lite.config import AdapterConfig, match_pattern
+from lora_lite.config import AdapterConfig, check_config, match_pattern
 
 ALL = "all-linear"
 FEW = 3  # names shown of a long list
@@ -83,6 +83,7 @@ def find_targets(model: nn.Module, cfg: AdapterConfig) -> Targets:
     the band, the roles or a key of rank_pattern, alpha_pattern or feedforward leaves nothing, with what was possible instead.
     """
     check_model(model)
+    check_config(cfg)
     search = Search(model, cfg)
     if problems := search.problems():
         asked = f"targets={cfg.targets!r}, exclude={cfg.exclude!r}, {band_of(cfg)}, roles={cfg.roles!r}"

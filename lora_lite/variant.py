@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar, runtim
 import torch
 from torch import Generator, Tensor
 
-from lora_lite.config import AdapterConfig
+from lora_lite.config import AdapterConfig, check_config
 from lora_lite.lowrank import LowRank
 
 Initializer = Callable[[tuple[int, ...], Generator | None], Tensor]
@@ -293,8 +293,9 @@ def _real(cls: type) -> str:
 
 def variant_of(config: AdapterConfig) -> type[Variant]:
     """The registered variant a config belongs to. Raises KeyError naming what is registered."""
-    if not isinstance(config, AdapterConfig):
-        raise TypeError(f"expected a config such as LoRAConfig(), got {type(config).__name__}")
+    check_config(config)
+    if not config.variant:
+        raise TypeError(f"{type(config).__name__} says where an adapter goes and not which; give a method's own, such as LoRAConfig(...)")
     if config.variant not in REGISTRY:
         raise KeyError(f"variant {config.variant!r} is not registered; registered: {sorted(REGISTRY)}")
     return REGISTRY[config.variant]

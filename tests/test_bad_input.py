@@ -247,6 +247,48 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "adapters of a name": (lambda m, _: ll.adapters("x"), TypeError, "the model comes first, a torch.nn.Module; got str: 'x'"),
     "load's arguments swapped": (lambda m, d: ll.load(d / "good", m), TypeError, "the model comes first.*Path"),
     "attach's arguments swapped": (lambda m, _: ll.attach(LORA, m), TypeError, "the model comes first.*got LoRAConfig"),
+    "attach of a config's class": (
+        lambda m, _: ll.attach(m, ll.LoRAConfig),  # type: ignore[arg-type]
+        TypeError,
+        r"expected a config, got the class LoRAConfig; write LoRAConfig\(\)",
+    ),
+    "attach of a variant's class": (
+        lambda m, _: ll.attach(m, ll.REGISTRY["lora"]),  # type: ignore[arg-type]
+        TypeError,
+        r"got the class LoRA; write LoRAConfig\(\)",
+    ),
+    "attach of a variant's name": (lambda m, _: ll.attach(m, "pissa"), TypeError, r"got 'pissa'; write PiSSAConfig\(\)"),  # type: ignore[arg-type]
+    "attach of a path": (lambda m, d: ll.attach(m, d / "good"), TypeError, r"got \w+Path: .*good'; ll\.load\(model, path\) reads"),  # type: ignore[arg-type]
+    "attach of where alone": (lambda m, _: ll.attach(m, ll.AdapterConfig()), TypeError, r"AdapterConfig says where .* such as LoRAConfig"),
+    "find_targets of a config's class": (
+        lambda m, _: ll.find_targets(m, ll.IA3Config),
+        TypeError,
+        r"the class IA3Config; write IA3Config\(\)",
+    ),  # type: ignore[arg-type]
+    "find_targets of a variant's name": (lambda m, _: ll.find_targets(m, "lora"), TypeError, r"got 'lora'; write LoRAConfig\(\)"),  # type: ignore[arg-type]
+    "find_targets of an adapter": (
+        lambda m, _: ll.find_targets(m, of_one(m)),  # type: ignore[arg-type]
+        TypeError,
+        r"such as LoRAConfig\(\), got Adapter: .*; adapter\.config is",
+    ),
+    "load of an adapter": (lambda m, _: ll.load(m, detached()), TypeError, r"expected a path, got Adapter: .*; .*ll\.attach takes"),  # type: ignore[arg-type]
+    "load of nothing": (lambda m, _: ll.load(m, None), TypeError, "expected a path, got NoneType"),  # type: ignore[arg-type]
+    "read of a model": (lambda m, _: ll.read(m), TypeError, r"expected a path, got MLP: .*; ll\.load\(model, path\) and ll\.read\(path\)"),  # type: ignore[arg-type]
+    "load into it of a model": (lambda m, d: of_one(m).load(m, d / "good"), TypeError, "expected a path, got MLP"),  # type: ignore[arg-type]
+    "save of a model": (lambda m, d: of_one(m).save(m, d / "new"), TypeError, r"expected a path, got MLP: .*; adapter\.save\(path"),  # type: ignore[arg-type]
+    "from_peft of an adapter": (lambda m, _: ll.from_peft(m, detached()), TypeError, r"expected a path, got Adapter: .*; ll\.from_peft\("),  # type: ignore[arg-type]
+    "a subspace's file of adapters": (
+        lambda m, _: ll.SharedSubspace.load([detached()]),  # type: ignore[arg-type]
+        TypeError,
+        r"expected a path, got list: .*from_adapters\(\[\.\.\.\]\)",
+    ),
+    "a stream of adapters": (
+        lambda m, _: ll.SharedSubspace.from_adapters_streaming([detached()]),  # type: ignore[list-item]
+        TypeError,
+        r"expected paths, got 1 Adapters; SharedSubspace\.from_adapters\(",
+    ),
+    "a stack's arguments swapped": (lambda m, _: enter(ll.stack([(detached(), 1.0)], m)), TypeError, "the model comes first.*got list"),  # type: ignore[arg-type]
+    "block_shifts' arguments swapped": (lambda m, _: ll.block_shifts(of_one(m), m, [X]), TypeError, "the model comes first.*got Adapter"),  # type: ignore[arg-type]
     "find_targets without a model": (lambda m, _: ll.find_targets("x", LORA), TypeError, "the model comes first"),
     "a history on no model": (lambda m, _: ll.HistoryBake("x", []), TypeError, "the model comes first"),
     "directions of a name": (lambda m, _: pissa_beside(m, ["x"]), TypeError, r"takes a list of Adapters, such as .ll\.read.*'x'"),
@@ -295,6 +337,10 @@ MISTYPED = {
     "a history of one adapter", "a stack of one adapter", "a history of a number", "a history of a pair", "adapters of a name",
     "load's arguments swapped", "attach's arguments swapped", "find_targets without a model", "a history on no model",
     "directions of a name", "directions of one adapter", "directions of a number", "c = a list",
+    "attach of a config's class", "attach of a variant's class", "attach of a variant's name", "attach of a path",
+    "find_targets of a config's class", "find_targets of a variant's name", "find_targets of an adapter",
+    "load of an adapter", "load of nothing", "read of a model", "load into it of a model", "save of a model", "from_peft of an adapter",
+    "a subspace's file of adapters", "a stream of adapters", "a stack's arguments swapped", "block_shifts' arguments swapped",
     "seed = 'a'", "seed = 1.5", "shared = a path", "a subspace to a dtype's name",
 }  # fmt: skip
 TABLE = [pytest.param(*case, id=key, marks=[pytest.mark.untyped] if key in MISTYPED else []) for key, case in CALLS.items()]

@@ -9,10 +9,12 @@ import io
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from loguru import logger
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -995,3 +997,49 @@ def test_a_history_that_came_after_compiling(fresh: None) -> None:
         assert not torch.allclose(fast(X), base)
         history.remove()
         assert same_bits(fast(X), base)
+
+
+# --- what counts twice ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The warnings of the library's log."""
+    lines: list[str] = []
+    handler = logger.add(lines.append, level="WARNING", format="{message}")  # type: ignore[arg-type]
+    logger.enable("lora_lite")
+    yield lines
+    logger.disable("lora_lite")
+    logger.remove(handler)
+
+
+TWICE = "adapter 'kind' is attached at c=1.0 and history 0 on the same model holds it too, so it counts twice: detach() it"
+
+
+@pytest.mark.parametrize("name", ["lora", "pissa", "ia3", "vera", "hra"])
+def test_an_adapter_beside_a_history_that_holds_it_is_warned_of(name: str, said: list[str], tmp_path: Path) -> None:
+    model = mlp()
+    adapter = randomise(attach(model, VARIANTS[name], name="kind"), seed=3)
+    other = randomise(attach(model, VARIANTS[name], name="other"), seed=4)
+    adapter.save(tmp_path / "kind")
+    ll.HistoryBake(model, [(copy.deepcopy(adapter), 0.5)]).remove()  # a copy of what is attached
+    with ll.stack(model, [(ll.read(tmp_path / "kind"), 0.5)]):  # its file
+        pass
+    assert len(said) == 2 and all(line.startswith(TWICE) for line in said)
+    adapter.detach()
+    history = ll.HistoryBake(model, [(adapter, 0.5)])
+    assert len(said) == 2
+    ll.attach(model, adapter)  # put back beside the snapshot
+    assert len(said) == 3 and said[2].startswith(TWICE)
+    adapter.detach()
+    ll.attach(model, adapter, c=0.0).detach()  # shut
+    with torch.no_grad():
+        for p in adapter.parameters():
+            p.add_(0.1)
+    ll.attach(model, adapter, c=1.0).detach()  # trained on since
+    other.detach()
+    history.push(other)
+    assert len(said) == 3
+    history.remove()
+    ll.attach(model, other)
+    assert len(said) == 3

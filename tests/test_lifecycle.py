@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import io
 import itertools
@@ -26,7 +27,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import lora_lite as ll
-from lora_lite import attachment
+from lora_lite import attachment, placement
 from tests.models import VARIANTS, Row, attach, each_variant, llama, mlp, normal, randomise, tensors_at, token_ids
 from tests.references import assert_close, assert_differs, same_bits
 from tests.test_laws import changed, mixed_flags, snapshot
@@ -673,6 +674,72 @@ def test_a_layer_that_was_replaced_is_not_dropped_in_silence(tmp_path: Path) -> 
     assert any(UP in text for text in said) or (kept.keys() == state.keys() and all(same_bits(kept[n], v) for n, v in state.items()))
 
 
+def replaced_block(model: Any) -> None:
+    model.layers[0] = copy.deepcopy(mlp().layers[0])
+
+
+def in_modules(model: Any) -> None:  # the head alone: nobody hears of it
+    model.layers[2]._modules["down"] = nn.Linear(20, 12)
+
+
+REPLACED: dict[str, tuple[Callable[[Any], Any], int, str]] = {
+    "a layer": (lambda m: setattr(m.layers[0], "up", nn.Linear(12, 20)), 1, UP),
+    "a layer by register_module": (lambda m: m.layers[1].register_module("up", nn.Linear(12, 20)), 1, "layers.1.up"),
+    "set_submodule": (lambda m: m.set_submodule("layers.1.down", nn.Linear(20, 12)), 1, "layers.1.down"),
+    "a block": (replaced_block, 2, UP),
+    "None, then another": (lambda m: (setattr(m.layers[0], "up", None), setattr(m.layers[0], "up", nn.Linear(12, 20))), 1, UP),
+    "the last in _modules": (in_modules, 1, "layers.2.down"),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_a_layer_replaced_after_attaching_is_noticed_before_the_next_block(what: str) -> None:
+    replace, n, first = REPLACED[what]
+    model = mlp()
+    adapter = randomise(attach(model, LORA))
+    with adapter(model, c=0.5):  # all was well
+        pass
+    replace(model)
+    assert f", but {n} of these layers are no longer in the model, such as {first})" in repr(adapter)
+    entered = lambda: adapter(model, c=0.5)  # noqa: E731
+    for call in (entered, entered, lambda: setattr(adapter, "c", 0.5), lambda: adapter.on_step(1)):
+        with pytest.raises(RuntimeError, match=rf"the model has replaced \['{re.escape(first)}'.*\({n} in all\) since; detach and attach"):
+            call()
+    adapter.detach()
+    assert "no longer" not in repr(adapter)
+    with adapter.put_on(model, known_base=True)(model, c=0.5):
+        assert "no longer" not in repr(adapter)
+
+
+def test_what_is_wrapped_or_put_elsewhere_is_not_taken_for_replaced() -> None:
+    model = mlp()
+    adapter = randomise(attach(model, LORA))
+    with adapter(model, c=0.5):
+        want = model(X)
+    nn.Linear(3, 3), mlp()
+    for i in (0, 2):
+        model.layers[i].down = nn.Sequential(model.layers[i].down)
+    with adapter(model, c=0.5):
+        assert same_bits(model(X), want)
+    assert "no longer" not in repr(adapter)
+
+
+def test_all_layers_are_looked_through_only_when_a_module_got_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looked = mlp(), []
+    adapter = attach(model, LORA)
+    gone = placement.Placement.gone
+    monkeypatch.setattr(placement.Placement, "gone", lambda self: looked.append(1) or gone(self))
+    for _ in range(3):
+        with adapter(model, c=0.5):
+            pass
+    assert not looked
+    nn.Sequential(nn.Linear(2, 2))
+    for _ in range(3):
+        with adapter(model, c=0.5):
+            pass
+    assert len(looked) == 1
+
+
 @pytest.mark.parametrize("row", [LORA, IA3, FF], ids=["lora", "ia3", "ia3_ff"])
 def test_a_layer_whose_weight_is_computed_can_carry_what_never_reads_it(row: Row, tmp_path: Path) -> None:
     """torch.nn.utils.parametrize takes the weight out of the layer's own parameters."""
@@ -983,3 +1050,61 @@ def test_printed_an_adapter_says_what_it_is(capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].split() == ["name", "type", "d_in", "d_out", "block", "role"] and "6 targets" in printed
     assert re.search(r"layers\.0\.up +Linear +12 +20 +0 of 3 +reader", printed)
+
+
+PRINTED: dict[str, tuple[ll.AdapterConfig, str]] = {  # the MLP's layers are 12 -> 20 and 20 -> 12
+    "as asked for": (ll.LoRAConfig(r=4), "lora r=4 on 6"),
+    "a rank_pattern": (ll.LoRAConfig(r=4, rank_pattern={"up": 2}), "lora r=4 (2 on 3 layers) on 6"),
+    "a rank_pattern for all": (ll.LoRAConfig(r=16, rank_pattern={"up": 2, "down": 3}), "lora r=2 (3 on 3 layers) on 6"),
+    "one layer": (ll.LoRAConfig(r=4, rank_pattern={r"0\.up": 2}), "lora r=4 (2 on 1 layer) on 6"),
+    "many": (ll.LoRAConfig(r=4, rank_pattern={r"0\.up": 2, r"1\.up": 7}), "lora r=2..7 on 6"),
+    "pissa": (ll.PiSSAConfig(r=16), "pissa r=12 on 6"),
+    "miss": (ll.MiSSConfig(r=16), "miss r=16 (12 on 3 layers) on 6"),
+    "antipasto": (ll.AntiPaSTOConfig(r=64, block_size=16), "antipasto r=12 block_size=12 on 6"),
+    "oft": (ll.OFTConfig(block_size=10), "oft block_size=10 (6 on 3 layers) on 6"),
+    "road": (ll.ROADConfig(group_size=16), "road group_size=10 (12 on 3 layers) on 6"),
+    "nothing to be wide": (ll.IA3Config(), "ia3 on 6"),
+}
+
+
+@pytest.mark.parametrize("what", PRINTED)
+def test_printed_an_adapter_says_what_its_layers_have_and_not_what_was_asked_for(what: str) -> None:
+    config, words = PRINTED[what]
+    adapter = ll.attach(mlp(), config)
+    assert f": {words} targets" in repr(adapter)
+    adapter.detach()
+    assert f": {words} targets" in repr(adapter)
+
+
+@contextlib.contextmanager
+def warned() -> Iterator[io.StringIO]:
+    logger.enable("lora_lite")
+    try:
+        with heard("WARNING") as text:
+            yield text
+    finally:
+        logger.disable("lora_lite")
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "hira", "delora", "adalora"])
+def test_a_rank_wider_than_a_layer_is_warned_of_once(name: str, tmp_path: Path) -> None:
+    config: Any = dataclasses.replace(VARIANTS[name].config, r=14, rank_pattern={r"1\.up": 12, r"2\.up": 30})
+    with warned() as text:
+        adapter = ll.attach(mlp(), config)
+    (line,) = text.getvalue().splitlines()
+    assert re.search(
+        r"Config trains r=14 on layers\.0\.up \(12 -> 20\), whose weight has rank 12 at most \(5 of 6 targets are such\)", line
+    )
+    adapter.save(tmp_path / "a.safetensors")
+    adapter.detach()
+    with warned() as text:  # said when it was chosen
+        ll.attach(mlp(), adapter).detach()
+        ll.load(mlp(), tmp_path / "a.safetensors")
+    assert not text.getvalue()
+
+
+def test_a_rank_that_fits_is_not_warned_of() -> None:
+    with warned() as text:
+        for config in (ll.LoRAConfig(r=12), ll.PiSSAConfig(r=99), ll.MiSSConfig(r=99), ll.VeRAConfig(r=99), ll.LoRAXSConfig(r=99)):
+            ll.attach(mlp(), config)
+    assert not text.getvalue()

@@ -121,6 +121,27 @@ def test_the_guides_files_of_lora(tmp_path: Path) -> None:
         ll.load(base(), tmp_path / "d")
 
 
+def test_a_guides_config_is_held_against_the_layers_of_its_file(tmp_path: Path) -> None:
+    """As the other headers that say where the layers are: a part of a file, or a config that means others, is no whole adapter."""
+    lora_file(tmp_path / "a")
+    flat = {key: v for key, v in ll.read(tmp_path / "a").state_dict().items()}
+    whole = {"variant": "lora", "r": 4, "alpha": 6.0, "targets": ["up", "down"]}
+
+    def load(flat: dict[str, Tensor], **said: Any) -> ll.Adapter:
+        save_file(flat, tmp_path / "b", {"cfg": json.dumps(whole | said)})
+        return ll.load(base(), tmp_path / "b")
+
+    assert load(flat, layers=[1, 2]).targets == load(flat, layer_range=[0.34, 1.0]).targets == NAMES
+    part = {key: v for key, v in flat.items() if key.startswith(NAMES[0])}
+    with pytest.raises(ll.CheckpointError, match=r"layers=\(1, 2\)\) means 4 layers of this MLP, the file has 1 \(not in"):
+        load(part, layers=[1, 2])
+    with pytest.raises(ll.CheckpointError, match=r"means 2 layers .* the file has 4 \(not meant: layers\.1\.down, layers\.1\.up\)"):
+        load(flat, layer_range=[0.67, 1.0])
+    with pytest.raises(ll.CheckpointError, match=r"its header means no layer here: .*q_proj"):
+        load(flat, targets=["q_proj"], layer_range=[0.0, 1.0])
+    assert load(part).targets == NAMES[:1]  # a config that does not say how deep may mean these
+
+
 BROKEN: dict[str, tuple[dict[str, str], str]] = {
     "r is text": ({"r": "four"}, "its header cannot be read"),
     "a band of three": ({"layer_range": "0,1,2"}, "its header cannot be read"),

@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from loguru import logger
 from torch import Tensor
 
 import lora_lite as ll
@@ -34,6 +35,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "core": {"coefficients": "core"}, "factors": {"coefficients": "factors"}, "diag": {"coefficients": "diag"}, "flat": {"space": "flat"},
 }  # fmt: skip
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The warnings of the library's log."""
+    lines: list[str] = []
+    logger.enable("lora_lite")
+    sink = logger.add(lines.append, level="WARNING", format="{message}")  # type: ignore[arg-type]
+    yield lines
+    logger.remove(sink)
+    logger.disable("lora_lite")
 
 
 # --- 4: streaming ----------------------------------------------------------------------------------------------------------
@@ -534,17 +546,8 @@ def test_layers_may_be_missing_when_told_so():
     assert common.layer_names == [MODULES[0]]
 
 
-def test_common_warns_with_the_names():
-    from loguru import logger
-
-    said: list[str] = []
-    logger.enable("lora_lite")
-    sink = logger.add(lambda message: said.append(str(message)), level="WARNING")
-    try:
-        of([*family(2), *family(1, modules=MODULES[:1])], missing="common")
-    finally:
-        logger.remove(sink)
-        logger.disable("lora_lite")
+def test_common_warns_with_the_names(said: list[str]):
+    of([*family(2), *family(1, modules=MODULES[:1])], missing="common")
     assert any(MODULES[1] in line for line in said)
 
 
@@ -770,3 +773,77 @@ def test_one_adapter_alone_and_none_left(form: dict[str, Any]):
     if form.get("coefficients") != "diag":
         sub.absorb(family(1)[0], "again")
         assert relative_error(family(1)[0], sub.reconstruct("again")) < 1e-5
+
+
+# --- nothing there yet --------------------------------------------------------------------------------------------------------------
+
+
+def emptied(adapters: list[ll.Adapter], layers: tuple[str, ...] = LIVE) -> list[ll.Adapter]:
+    """With B = 0 on these layers, as a fresh LoRA has it."""
+    with torch.no_grad():
+        for a in adapters:
+            for m in layers:
+                a.tensors()[m]["lora_B"].zero_()
+    return adapters
+
+
+def live_family(n: int, seed: int = 0) -> list[ll.Adapter]:
+    return family(n, modules=LIVE, d_in=12, d_out=20, seed=seed)
+
+
+def train_of(form: dict[str, Any]) -> str:
+    return "flat" if "space" in form else form["coefficients"]
+
+
+@each_form
+def test_bases_of_untrained_adapters_are_refused_where_one_would_train_along_them(form: dict[str, Any], tmp_path: Path, said: list[str]):
+    sub = of(emptied(live_family(2)), task_ids=["kind", "brief"], **form)
+    (line,) = said
+    assert line.startswith(
+        f"2 of 2 layers have no directions, since every adapter (kind, brief) is zero there (B = 0: was it trained?): {LIVE[0]}"
+    )
+    for begin in (
+        lambda: ll.attach(mlp(depth=2), ll.SharedConfig(train=train_of(form)), shared=sub),
+        lambda: sub.get_trainable_params("kind"),
+    ):
+        with pytest.raises(ValueError, match=r"nothing to train: the bases have no directions on any of 2 layers .*; absorb an"):
+            begin()
+    params = sub.get_trainable_params("kind", num_expand=2)
+    with torch.no_grad():
+        for p in params.values():
+            p.fill_(0.5)
+    sub.commit(params, "kind")
+    assert all(float(w.norm()) > 0 for w in updates(sub.reconstruct("kind")).values())
+    assert not any(float(w.norm()) for w in updates(sub.reconstruct("brief")).values())
+    sub.save(tmp_path / "tasks")
+    assert snapshot(SharedSubspace.load(tmp_path / "tasks")) == snapshot(sub)
+
+
+@each_form
+def test_a_layer_where_all_adapters_are_zero_is_kept_trained_around_and_saved(form: dict[str, Any], tmp_path: Path, said: list[str]):
+    """`commit` asked such a layer for a LoRA of rank 0; of a diagonal it kept that, in a file that nobody could read."""
+    sub = of(emptied(live_family(3), LIVE[:1]), **form)
+    assert len(said) == 1 and said[0].startswith("1 of 2 layers have no directions")
+    live = randomise(ll.attach(mlp(depth=2), ll.SharedConfig(train=train_of(form)), seed=0, shared=sub))
+    assert len(said) == 2 and said[1].startswith(f"1 of 2 layers have no directions, so nothing trains there: {LIVE[0]}; absorb")
+    want = updates(live)
+    for trained, task in ((live, "new"), (sub.get_trainable_params("task_1"), "task_1")):
+        sub.commit(trained, task)
+    made = sub.reconstruct("new")
+    for m, w in updates(made).items():
+        assert torch.dist(w, want[m]) < 1e-5 * (1 + w.norm()) and bool(w.any()) == (m != LIVE[0])
+    ll.attach(mlp(depth=2), made).detach()
+    sub.save(tmp_path / "tasks")
+    assert snapshot(SharedSubspace.load(tmp_path / "tasks")) == snapshot(sub)
+
+
+@each_form
+def test_a_zero_adapter_among_others_is_zero_again(form: dict[str, Any], said: list[str]):
+    whole = live_family(3)
+    sub = of([*whole, *emptied(live_family(1, seed=1))], num_components=12, **form)
+    p = sub.project(emptied(live_family(1, seed=2))[0], "later")
+    sub.add_task(p)
+    assert p.coverage == 1.0 or "space" in form
+    for task in ("task_3", "later"):
+        assert max(float(w.norm()) for w in updates(sub.reconstruct(task)).values()) < 1e-5
+    assert not said

@@ -14,6 +14,14 @@ from lora_lite.checkpoint.words import listed
 TEMPORARY = ".lora_lite-{}.tmp"
 
 
+def as_path(
+    path: str | os.PathLike[str], way: str = "ll.load(model, path) and ll.read(path) read files, ll.attach takes what is none"
+) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"expected a path, got {type(path).__name__}: {str(path)[:80]!r}; {way}")
+    return Path(path)
+
+
 def check_place(path: Path) -> None:
     """Refuse what is no file, before opening it: a pipe would wait for ever."""
     if (path / "adapter_config.json").is_file():

@@ -19,6 +19,7 @@ from lora_lite.checkpoint import (
     RESERVED,
     CheckpointError,
     as_json,
+    as_path,
     brief,
     check_entries,
     check_metadata,
@@ -70,7 +71,7 @@ class Folder:
 
 def read_folder(path: str | os.PathLike[str]) -> Folder:
     """Both files, after everything that can be checked without a model has been. Raises CheckpointError, FileNotFoundError."""
-    folder = Path(path)
+    folder = as_path(path, "ll.from_peft(model, folder) reads a PEFT folder")
     check_place(folder)
     config = read_config(folder / CONFIG)
     source = str(folder / TENSORS)

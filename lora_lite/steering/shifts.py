@@ -18,7 +18,7 @@ from lora_lite.dial import check_float
 from lora_lite.running import moved
 from lora_lite.steering.response import aligned
 from lora_lite.steering.writing import on_model
-from lora_lite.target import Place, places
+from lora_lite.target import Place, check_model, places
 
 
 def block_shifts(model: nn.Module, adapter: Adapter, batches: Any, c: float = 1.0) -> BlockShifts:
@@ -30,6 +30,7 @@ def block_shifts(model: nn.Module, adapter: Adapter, batches: Any, c: float = 1.
     its flags and the random state come out as they went in. Raises ValueError for c=0 or no batches, RuntimeError where the
     model has no stack of blocks.
     """
+    check_model(model)
     if not check_float(c):
         raise ValueError("c=0 moves nothing; give the c to look at, e.g. 1.0")
     stacks = blocks_of(model)

@@ -28,6 +28,10 @@ class Apart(Layer):
         part = self.parts[0]
         return ("int8" if part.bits == 8 else "int4") if isinstance(part, Packed) else "raw"
 
+    @property
+    def bare(self) -> bool:
+        return False  # what is zero loses nothing by sharing, and is never held apart
+
     def own(self, kind: Kind, task: str) -> Parts:
         return super().own("factors", task)
 

@@ -10,7 +10,7 @@ import torch
 from loguru import logger
 from torch import Tensor
 
-from lora_lite.checkpoint import finite
+from lora_lite.checkpoint import finite, listed
 from lora_lite.config import AdapterConfig
 from lora_lite.subspace.apart import cheaper
 from lora_lite.subspace.bases import joined
@@ -171,7 +171,17 @@ def build(
     state = State("flat" if kind == "flat" else "feature", kind, missing, policy, layers, base=base)
     if policy.budget_bytes is not None:
         state = budgeted(state, policy.budget_bytes, sources, dtype)
+    say_bare(state, [s.task for s in sources])
     return dataclasses.replace(state, configs={s.task: config_of(state, s.task, s.base_config) for s in sources})
+
+
+def say_bare(state: State, tasks: Sequence[str]) -> None:
+    """A zero adapter among others is one like them; where all are zero there is nothing to share, and nothing to train along."""
+    if bare := [m for m, layer in state.layers.items() if layer.bare]:
+        logger.warning(
+            "{} of {} layers have no directions, since every adapter ({}) is zero there (B = 0: was it trained?): {}; absorb of one that "
+            "is not brings some", len(bare), len(state.layers), listed(tasks), listed(bare),
+        )  # fmt: skip
 
 
 def config_of(state: State, task: str, config: AdapterConfig) -> LoRAConfig:

@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_lite import checkpoint
 from lora_lite.checkpoint import (
     CheckpointError,
+    as_path,
     brief,
     check_entries,
     check_place,
@@ -135,7 +136,10 @@ def shapes(layer: Layer) -> list[Any]:
 
 
 def read(path: str | os.PathLike[str]) -> State:
-    source, path = str(path), Path(path)
+    source, path = (
+        str(path),
+        as_path(path, "SharedSubspace.load(path) reads what sub.save(path) wrote; of adapters it is from_adapters([...])"),
+    )
     check_place(path)
     with open(path, "rb") as file:
         head = read_header(source, file)

@@ -15,7 +15,7 @@ from lora_lite.config import AdapterConfig
 from lora_lite.subspace.apart import Apart
 from lora_lite.subspace.coefficients import Kind, Parts, padded
 from lora_lite.subspace.state import Layer, State
-from lora_lite.subspace.training import Place, Trainable, basis_hash, converted, expanded, on_bases
+from lora_lite.subspace.training import Place, Trainable, basis_hash, check_directions, converted, expanded, on_bases
 from lora_lite.variants.shared import SharedConfig, small
 
 FIELDS = {"core": ("lora_core",), "diag": ("lora_diag",), "factors": ("lora_Y", "lora_X"), "flat": ("lora_y", "lora_x")}
@@ -29,6 +29,7 @@ def starting(state: State, config: AdapterConfig, sizes: Sizes, seed: int | None
     check_train(state, config)
     modules = [m for m in sizes if m in layers_for(state, config)]
     check_places(state, config, sizes, modules)
+    check_directions({m: state.layers[m] for m in modules}, config.expand)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     tensors, rooms = {}, {}
     for m in modules:

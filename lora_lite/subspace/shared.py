@@ -114,6 +114,8 @@ class SharedSubspace:
         Ids are the names of the folders, of the files without ending, or of the files' folders where those repeat, unless given.
         num_components=None leaves k to the threshold; under budget_bytes it is not given. progress(done, of) is called after each layer.
         """
+        if made := [p for p in paths if isinstance(p, Adapter)]:
+            raise TypeError(f"expected paths, got {len(made)} Adapters; SharedSubspace.from_adapters([...]) takes those")
         ids = task_names(task_ids, file_names(paths))
         k = None if num_components is NOT_GIVEN and budget_bytes is not None else num_components
         policy = checked_policy(space, coefficients, variance_threshold, k, adaptive_k, budget_bytes, missing)
@@ -243,7 +245,7 @@ class SharedSubspace:
         """Parameters for a hand-written loop: `{layer}.loadings_a`/`_b` (a core or a diagonal: `{layer}.loadings`), starting at the
         task. num_expand further directions per side are the trained task's own until `commit`."""
         state = self._state
-        having(state, task_id)
+        training.check_directions(having(state, task_id), num_expand)
         return training.trainable(state, task_id, num_expand, seed)
 
     def starting(

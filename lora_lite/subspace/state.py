@@ -75,6 +75,11 @@ class Layer:
         found = tuple(dense(take(p, torch.arange(where.start, where.stop))) for p in self.parts)
         return self.cut_back(kind, found, [self.ranks[self.index[task]]])
 
+    @property
+    def bare(self) -> bool:
+        """Whether one side has nothing at all, neither directions nor a mean: any task is zero here, whatever its coefficients."""
+        return any(not f.k and (f.mean is None or not bool(dense(f.mean).any())) for f in (self.b, self.a))
+
     def all_parts(self) -> Parts:
         return tuple(dense(p) for p in self.parts)
 

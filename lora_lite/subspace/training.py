@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from loguru import logger
 from torch import Tensor
 from torch.nn import Parameter
 
-from lora_lite.checkpoint import raw
+from lora_lite.checkpoint import listed, raw
 from lora_lite.lowrank import LowRank
 from lora_lite.subspace.apart import Apart
 from lora_lite.subspace.build import config_of
@@ -79,6 +80,20 @@ def on_bases(layers: Mapping[str, Layer], task_id: str) -> None:
             f"task {task_id!r} keeps its own factors on {len(odd)} layers that share too little for a basis ({odd[:3]}), so it has no "
             "loadings there: ll.attach(model, sub.reconstruct(task)) trains all of it"
         )
+
+
+def check_directions(layers: Mapping[str, Layer], expand: int) -> None:
+    """Refuse to train where no layer has a direction to train along, of its own or of the bases; name those that have none."""
+    still = [m for m, x in layers.items() if not isinstance(x, Apart) and (x.bare or not (x.b.k or x.a.k))]
+    if expand or not still:
+        return
+    ways = "absorb an adapter that has some, or ask for further directions of the task's own (expand=, num_expand=)"
+    if len(still) == len(layers):
+        raise ValueError(
+            f"there is nothing to train: the bases have no directions on any of {len(layers)} layers ({listed(still)}). They are made of "
+            f'adapters that are zero there (B = 0, untrained), or of only one in space "flat"; {ways}'
+        )
+    logger.warning("{} of {} layers have no directions, so nothing trains there: {}; {}", len(still), len(layers), listed(still), ways)
 
 
 def expanded(frame: Frame, q: int, generator: torch.Generator | None) -> Frame:
@@ -162,7 +177,8 @@ def replaced(state: State, layer: Layer, place: Place, parts: Parts, task_id: st
         b, a = (dataclasses.replace(p, energy=energy(f, p.k)) for f, p in ((layer.b, place.b), (layer.a, place.a)))
         layer = dataclasses.replace(layer, b=b, a=a, parts=wider, reserve=None)  # it may lie along the new ones
     parts = padded(kind, parts, kb, ka)
-    rank = {"core": min(kb, ka), "diag": min(kb, ka), "factors": parts[0].shape[0], "flat": place.rank}[kind]
+    least = max(1, min(kb, ka))  # where no adapter had a direction the update is zero, of rank 1 as a LoRA
+    rank = {"core": least, "diag": least, "factors": parts[0].shape[0], "flat": place.rank}[kind]
     size = kept_size(kind, layer, parts, rank, place.scale)
     return layer.joined(kind, task_id, rank, place.scale, tuple(p.detach() for p in parts), size, 0.0)
 
