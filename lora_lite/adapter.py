@@ -195,7 +195,8 @@ class Adapter:
         """
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"step is a count of optimizer steps, from 1 (or 0, where only sensitivities are taken), got {step!r}")
-        self._refuse_replaced()
+        if self._at is not None:
+            self._at.check(refuse)
         with torch.no_grad():
             self.variant.on_step(self.config, step, self.tensors())
 
@@ -213,7 +214,8 @@ class Adapter:
     @c.setter
     def c(self, c: CValue) -> None:
         self._refuse_merged("set c")
-        self._refuse_replaced()
+        if self._at is not None and not self._at.looks_intact():
+            self._at.check(refuse)
         self._dial.turn(self._resting(c))
 
     def set_coeff(self, c: CValue) -> None:
@@ -267,10 +269,6 @@ class Adapter:
         if not at.looks_intact():
             at.check(refuse)
         return self._block(c)
-
-    def _refuse_replaced(self) -> None:
-        if self._at is not None and not self._at.looks_intact():
-            self._at.check(refuse)
 
     def _block(self, c: CValue) -> AbstractContextManager[Any]:
         if type(c) is float:  # most of all, and each other question costs a fraction of a microsecond

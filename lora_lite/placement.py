@@ -8,29 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import Parameter
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from lora_lite.attachment import Shared, all_hooks, beside, place, warn_of_hazards
 from lora_lite.hooks import Hook
 from lora_lite.target import Target
 
 Held = Mapping[str, Mapping[str, Parameter]]
-
-
-class Registrations:
-    """How often a module was given a child, in this process and since the first adapter came: while that stands, none was replaced."""
-
-    count = 0
-    handle: Any = None
-
-    @classmethod
-    def watch(cls) -> None:
-        """Once; a tenth of a microsecond for each module that is made."""
-        cls.handle = cls.handle or register_module_module_registration_hook(cls.another)
-
-    @classmethod
-    def another(cls, *registered: Any) -> None:
-        cls.count += 1
 
 
 class Placement:
@@ -40,13 +23,10 @@ class Placement:
         self.model, self.shared, self.layers = model, shared, dict(layers)
         last = next(reversed(self.layers))
         self._path, self._last = last.split(".") if last else [], self.layers[last]
-        Registrations.watch()
-        self._known = Registrations.count
 
     def looks_intact(self) -> bool:
-        """Asked by each `with`: all layers cost 1 us each, so they are looked through only when some module got a new child. Who
-        writes into `_modules` is not heard of; of the last layer, the head that models replace, it is seen."""
-        return self._known == Registrations.count and module_along(self.model, self._path) is self._last
+        """Asked by each `with`, so only of the last layer: the head is what models replace, and all would cost 1 us a layer."""
+        return module_along(self.model, self._path) is self._last
 
     def gone(self) -> list[str]:
         """The layers that are no longer in the model. One that was wrapped has another name there and acts as before."""
@@ -56,10 +36,7 @@ class Placement:
 
     def check(self, complain: Callable[[str], Any]) -> None:
         """Complain of layers that the model has replaced since (resize_token_embeddings does): there the adapter is not."""
-        known = Registrations.count
-        if not (gone := self.gone()):
-            self._known = known
-        else:
+        if gone := self.gone():
             complain(
                 f"adapter {self.shared.name!r}: the model has replaced {gone[:5]} ({len(gone)} in all) since; detach and attach it again"
             )
