@@ -27,6 +27,7 @@ from lora_lite.history import HistoryBake, disabled
 from lora_lite.lifecycle import attach, load
 from lora_lite.steering.calibrate import calibrate_c
 from lora_lite.steering.pairs import ContrastivePairs
+from lora_lite.steering.refusals import refuse_few
 from lora_lite.steering.report import TrainingReport
 from lora_lite.steering.standing import alone_in, record, recorded
 from lora_lite.steering.train import null_control, parted, train_steering
@@ -124,6 +125,7 @@ class Job:
             raise ValueError(f"training holds {unknown}, which ll.train_steering does not take")
         if len(self.held or ()) < 2:
             raise ValueError("validation holds less than 2 pairs, and the rule needs a spread between pairs; give a larger share, or pairs")
+        refuse_few(self.pairs, self.held)
         as_prompts(self.prompts, self.tokenizer)
         for part in (self.pairs, self.held or self.pairs):
             part.tokenised(self.tokenizer, self.training.get("eos", True), self.training.get("max_completion"))

@@ -17,7 +17,7 @@ from lora_lite.running import as_it_was
 from lora_lite.steering.loop import Recipe, Training
 from lora_lite.steering.losses import Aggregate
 from lora_lite.steering.pairs import ContrastivePairs
-from lora_lite.steering.refusals import refuse_absent, refuse_broken
+from lora_lite.steering.refusals import refuse_absent, refuse_broken, refuse_few
 from lora_lite.steering.report import TrainingReport
 
 
@@ -114,9 +114,10 @@ def null_control(
     the order of doses proves nothing, a null has one as well. The last weights are kept: the best of a null are its start.
     An attached adapter lends its place (and its part in gates) to the null and has its own values back afterwards, also after an
     exception; a config, or a detached adapter's, is attached for the training. calibration_data, exclude_directions:
-    as for `ll.attach`.
+    as for `ll.attach`. Raises ValueError where fewer than two pairs are left to train on, and what `train_steering` raises.
     """
     kept, held = parted(pairs, validation, seed)
+    refuse_few(kept, held)
     shuffled = kept.balanced_shuffle(seed)
     place = adapter if isinstance(adapter, Adapter) and adapter.attached else None
     config = adapter.config if isinstance(adapter, Adapter) else adapter
