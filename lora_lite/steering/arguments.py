@@ -19,7 +19,7 @@ def told(value: Any) -> str:
 
 
 def is_whole(value: Any, least: int = 0) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def is_real(value: Any) -> bool:
@@ -65,7 +65,7 @@ def check_rating(what: str, function: Any) -> None:
 
 def check_ids(model: nn.Module, rows: Iterable[Sequence[int]], what: str) -> None:
     """A token beyond the embedding is an IndexError that names nothing; on a GPU it ends the process."""
-    embedding = inner(model).get_input_embeddings() if hasattr(inner(model), "get_input_embeddings") else None
+    embedding = inner(model).get_input_embeddings() if hasattr(inner(model), "get_input_embeddings") else None  # type: ignore[operator]
     size = getattr(embedding, "num_embeddings", math.inf)
     if (wrong := next((i for row in rows for i in row if not 0 <= i < size), None)) is not None:
         raise ValueError(

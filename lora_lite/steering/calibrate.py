@@ -160,7 +160,7 @@ def rule_of(mode: str, budget: float | None, aggregate: str, coherence: Coherenc
         raise ValueError(f'mode must be "largest" or "iso_kl", got {mode!r}')
     if floors or coherence != BOTH:
         raise ValueError('coherence and floors belong to mode="largest"; mode="iso_kl" looks at the divergence from c=0 alone')
-    if not (is_real(budget) and budget > 0):  # type: ignore[operator]
+    if budget is None or not (is_real(budget) and budget > 0):
         raise ValueError(f'mode="iso_kl" needs a budget above 0, in nats per token, e.g. 0.2; got {budget!r:.60}')
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate must be one of {AGGREGATES}, got {aggregate!r}")

@@ -113,7 +113,7 @@ def measures(coherence: Coherence, floors: Mapping[str, float] | None = None) ->
     """What was asked for, by name. Raises ValueError for an unknown name, the same name twice, a floor for none of them or no number;
     TypeError for what is neither name nor function."""
     alone = isinstance(coherence, str) or callable(coherence) or not isinstance(coherence, Iterable) or isinstance(coherence, Mapping)
-    asked: list[Any] = [coherence] if alone else list(coherence)
+    asked: list[Any] = [coherence] if alone else list(coherence)  # type: ignore[arg-type]
     for x in asked:
         if not isinstance(x, str):
             check_rating(f"coherence is {', '.join(map(repr, BUILT_IN))}, or a list of them and functions; a function", x)

@@ -20,7 +20,7 @@ def is_text(part: Any) -> bool:
     """Text that can be written down, which half of a surrogate pair cannot, or token ids."""
     if isinstance(part, str):
         return part.isascii() or not any("\ud800" <= c <= "\udfff" for c in part)
-    return isinstance(part, list | tuple) and all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= i < 2**63 for i in part)
+    return isinstance(part, list | tuple) and all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= int(i) < 2**63 for i in part)
 
 
 @dataclass(frozen=True)
