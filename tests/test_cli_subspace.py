@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import lora_lite as ll
+from lora_lite.subspace.source import FileSource
 from tests.models import llama, mlp, randomise
 from tests.subspaces import MODULES, collection_error, family, of, relative_error, updates
 
 Run = Callable[..., tuple[int, Any, str]]
+LORA = ll.LoRAConfig(r=2, targets=("q_proj",))
 
 
 @pytest.fixture
@@ -259,3 +261,16 @@ def test_add_names_the_layers_it_leaves_out_once(run: Run, tmp_path: Path) -> No
         status, found, err = run(*words)
         assert status == 0 and max(found["covered_before"].values()) < 0.95
         assert err.count(MODULES[1]) == 1 and "left out" in err
+
+
+@pytest.mark.parametrize("words", [[], ["--project"]], ids=["absorb", "project"])
+def test_add_opens_an_adapter_once(words: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening checks a file's hash over all of its tensors, and says what was trained beside them; an absorb did both twice."""
+    of([randomise(ll.attach(llama(), LORA, seed=i), seed=i) for i in range(2)], task_ids=["a", "b"]).save("tasks")
+    randomise(ll.attach(llama(), LORA, seed=2, train_also="norm"), seed=2).save(tmp_path / "c.safetensors")
+    opened: list[Path] = []
+    init = FileSource.__init__
+    monkeypatch.setattr(FileSource, "__init__", lambda self, task, path: (opened.append(path), init(self, task, path))[1])
+    status, found, err = run("add", "tasks", "c.safetensors", *words)
+    assert status == 0 and found["num_tasks"] == 3, err
+    assert opened == [Path("c.safetensors")] and err.count("was trained beside this one") == 1

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_lite as ll
-from lora_lite.cli import checks, demo, tiny_lm, traits
+from lora_lite.cli import checks, demo, report, tiny_lm, traits
 from lora_lite.cli.corpus import Corpus, standard_library
 from lora_lite.cli.errors import UserError
 from lora_lite.cli.language import Recipe, Sampling
@@ -194,3 +194,17 @@ def test_ngrams_are_a_distribution() -> None:
 def test_a_target_that_is_nowhere_is_the_users_to_know(room: Path, done: tuple[demo.Job, dict[str, Any]]) -> None:
     with pytest.raises(UserError, match="nowhere_proj"):
         demo.demo(job(room, "nowhere", ll.LoRAConfig(targets="nowhere_proj"), model=str(room / "tiny-lm")))
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "said"),
+    [
+        (0.456, 0.06, "0.46 ± 0.06"),
+        (0.00021, 0.00004, "0.00021 ± 0.00004"),
+        (0.0, 0.0, "0.00 (all alike)"),
+        (1.0, 1e-9, "1.00 (all within 1e-6)"),
+        (0.4, None, "0.40"),
+    ],
+)
+def test_an_error_is_told_in_as_many_digits_as_it_takes(mean: float, error: float | None, said: str) -> None:
+    assert report.with_error(mean, error) == said

@@ -321,7 +321,7 @@ def test_the_model_and_the_random_state_come_out_as_they_went_in(fails: bool) ->
         ({"grid": []}, "grid holds the sizes"),
         ({"grid": [-1.0, 1.0]}, "all above 0"),
         ({"sections": 1}, "sections must be at least 2"),
-        ({"doublings": -1}, "at least 0; got .*doublings=-1"),
+        ({"doublings": -1}, "at least 0, .*doublings=-1"),
         ({"mode": "smallest"}, '"largest" or "iso_kl"'),
         ({"mode": "iso_kl"}, "needs a budget"),
         ({"mode": "iso_kl", "budget": 0.0}, "needs a budget above 0"),

@@ -358,6 +358,22 @@ def test_the_stretch_is_where_the_trait_makes_its_way(curve: dict[float, float],
     assert ("no gradual stretch was resolved" if region else "hardly moves") in found.way(least=0.2)
 
 
+def test_the_stretch_leaves_out_the_flat_before_and_after_it() -> None:
+    """A level that wavers, as the demo's does: its lowest dose and the tenth of the range above that began it while all was flat."""
+    flat = {-2.0: 0.02, -1.75: 0.02, -1.5: 0.0, -1.25: 0.02, -1.0: 0.08, -0.75: 0.11, -0.5: 0.12}
+    steep = {-0.25: 0.19, -0.125: 0.3, 0.0: 0.45, 0.125: 0.58, 0.25: 0.77}
+    late = {0.375: 0.89, 0.5: 0.88, 0.75: 0.95, 1.0: 0.95, 1.5: 0.98, 2.0: 1.0}
+    assert table(flat | steep | late).stretch() == (-0.5, 0.375)
+    falling = {c: 1 - t for c, t in (flat | steep | late).items()}
+    assert table(falling).stretch() == (-0.5, 0.375)
+    assert table({-c: t for c, t in (flat | steep | late).items()}).stretch() == (-0.375, 0.5)
+
+
+def test_a_trait_that_moves_all_along_has_no_flat_to_leave_out() -> None:
+    low, high = table({c / 8: c / 8 for c in range(-8, 9)}).stretch() or (0, 0)
+    assert low <= -0.75 and high >= 0.75
+
+
 RISING = {c / 8: 1 / (1 + math.exp(-c)) for c in range(-8, 9)}
 
 
@@ -432,10 +448,11 @@ def test_a_panel_says_of_its_stretch_what_the_doses_say(monkeypatch: pytest.Monk
     clear, lost = noisy(RISING | {-4.0: 0.0, 4.0: 1.0}, 0.02), noisy(dict.fromkeys(RISING, 0.5) | {4.0: 0.5}, 0.1)
     ends = clear.gradual()
     assert ends is not None
-    title = f"c from {ends[0]:.3g} to {ends[1]:.3g}"
-    assert drawn(clear, monkeypatch, zoom=ends)[1].get_title() == f"where it is gradual: {title}"
-    assert drawn(clear, monkeypatch, zoom=(-0.5, 0.3))[1].get_title() == "c from -0.5 to 0.3"
-    assert drawn(lost, monkeypatch, zoom=lost.stretch())[-3].get_title().startswith(("c from", "shaded: c from"))
+    seen = f"trait rises from {clear.at(ends[0]).trait:.2f} to {clear.at(ends[1]).trait:.2f}"
+    whole, part = (axis.get_title() for axis in drawn(clear, monkeypatch, zoom=ends)[:2])
+    assert whole == "every dose, c from -4 to 4" and part == f"the shaded part, larger: {seen}"
+    assert drawn(clear, monkeypatch, zoom=(-0.5, 0.3))[1].get_title() == "the shaded part, larger: c from -0.5 to 0.3"
+    assert "gradual" not in drawn(lost, monkeypatch, zoom=(-0.5, 0.5))[1].get_title()
     assert drawn(clear, monkeypatch, zoom=(-3.0, 3.0))[0].get_title() == "shaded: c from -3 to 3"
     assert len(drawn(lost, monkeypatch, zoom=lost.gradual())) == 3, "nothing to claim, no second column"
 

@@ -235,6 +235,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
         ({"training": {"stepz": 3}}, r"training holds \['stepz'\], which ll.train_steering does not take"),
         ({"calibration": {"tokenizer": None}}, r"calibration holds \['tokenizer'\]"),
         ({"validation": pairs(1)}, "less than 2 pairs"),
+        ({"validation": 0.98}, "a null control needs at least 2 pairs to train on"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused_before_anything_is_written(more: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -868,6 +868,28 @@ def test_a_null_is_the_same_training_from_the_same_start_on_shuffled_labels(mode
     assert same_state(state(null), state(adapter)) and again == report
 
 
+@pytest.mark.parametrize("detached", [True, False])
+def test_a_null_of_one_pair_says_what_is_left_to_train_on(detached: bool, model: Any) -> None:
+    """Of two pairs the default holds one out: the message spoke of "1" to someone who had given 2."""
+    adapter = lora(model)
+    before = state(adapter)
+    if detached:
+        adapter.detach()
+    with pytest.raises(
+        ValueError, match=r"needs at least 2 pairs to train on.*got 1 pair to train on, beside 1 held out.*at least 3 pairs"
+    ):
+        ll.null_control(model, adapter, small()[:2], **FEW)
+    with pytest.raises(ValueError, match="got 1 pair, none held out"):
+        ll.null_control(model, adapter, small()[:1], validation=None, **FEW)
+    assert same_state(state(adapter), before) and adapter.attached is not detached
+
+
+def test_a_null_of_two_pairs_that_both_train_is_made(model: Any) -> None:
+    config = ll.LoRAConfig(r=2)
+    for validation, held in ((None, 0), (small()[2:4], 2)):
+        assert ll.null_control(model, config, small()[:2], validation=validation, **FEW)[1].pairs == (2, held)
+
+
 def test_a_null_that_fails_gives_the_values_back(model: Any) -> None:
     adapter = randomise(lora(model), std=0.1)
     before = state(adapter)

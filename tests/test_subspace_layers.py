@@ -74,6 +74,13 @@ def test_where_nothing_is_left_out_nothing_is_said(said: list[str]) -> None:
     assert sub.layer_names == list(MODULES) and said == []
 
 
+def test_a_projection_is_shown_without_its_tensors() -> None:
+    sub = narrow("zero")
+    one = sub.project(part(family(5)[4]), "new")
+    assert repr(one) == f"TaskProjection('new', coverage {one.coverage:.3g}, 1 layers)"
+    assert repr(sub.project(family(5)[4], "whole")).endswith(", 1 layers and 1 left out)")
+
+
 def test_nan_in_a_layer_that_is_left_out_is_told(said: list[str]) -> None:
     sub, whole = narrow("zero"), family(5)[4]
     with torch.no_grad():

@@ -12,6 +12,7 @@ import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
 from lora_lite.cli.language import writing_model
 from lora_lite.cli.options import check_adapter_file
+from lora_lite.steering.arguments import told
 from lora_lite.steering.writing import Writing, as_prompts, on_model, write
 from lora_lite.varied import limit
 
@@ -30,9 +31,20 @@ class Generation:
     samples: int = 1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("adapters", "prompts", "cs"):
+            given = getattr(self, name)
+            if not isinstance(given, list | tuple) or not given or not all(isinstance(text, str) for text in given):
+                raise UserError(f"{name} is a list of texts, at least one; got {told(given)}")
+
 
 def generate(job: Generation) -> dict[str, Any]:
-    """What was written, by c. The stack acts in the order given. Raises UserError for what was typed wrong."""
+    """What was written, by c: `generate(Generation("lm", ["a.safetensors"], ["Once"]))["texts"]`. The stack acts in the order given.
+
+    Raises UserError for what was typed wrong.
+    """
+    if not isinstance(job, Generation):
+        raise UserError(f"generate takes one Generation(model, adapters, prompts, ...); got {told(job)}")
     with asked_by_user("generate", ValueError):
         how = Writing(job.length, job.temperature, job.samples, job.seed)
     if wrong := [c for c in job.cs if not is_dose(c)]:
@@ -42,7 +54,8 @@ def generate(job: Generation) -> dict[str, Any]:
         check_adapter_file("--adapter", path, job.model)
     model, tokenizer = writing_model(job.model, job.device)
     adapters = [read(path, i) for i, (path, _) in enumerate(named)]
-    prompts = as_prompts(list(job.prompts), tokenizer)
+    with asked_by_user("--prompt", TypeError):
+        prompts = as_prompts(list(job.prompts), tokenizer)
     texts = []
     for c in job.cs:
         doses = [dose(adapter, own or c) for adapter, (_, own) in zip(adapters, named, strict=True)]

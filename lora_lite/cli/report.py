@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,16 @@ def as_sentence(said: str) -> str:
 
 
 def dose_cells(d: Mapping[str, Any]) -> tuple[str, ...]:
-    trait = f"{d['trait']:.2f} ± {d['trait_error'] or 0.0:.2f}"
-    effect = "-" if d["effect"] is None else f"{d['effect']:+.2f}"
+    effect, trait = "-" if d["effect"] is None else f"{d['effect']:+.2f}", with_error(d["trait"], d["trait_error"])
     return f"{d['c']:.3g}", str(d["n"]), trait, effect, f"{d['perplexity']:.1f}", f"{d['distinct-3']:.2f}"
+
+
+def with_error(mean: float, error: float | None) -> str:
+    """As many digits as the error has something to say in; "0.00 ± 0.00" says nothing."""
+    if not error:
+        return f"{mean:.2f} (all alike)" if error == 0 else f"{mean:.2f}"
+    digits = max(2, -math.floor(math.log10(error)))
+    return f"{mean:.{digits}f} ± {error:.{digits}f}" if digits <= 6 else f"{mean:.2f} (all within 1e-6)"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

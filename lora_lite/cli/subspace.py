@@ -132,10 +132,11 @@ def add(
     coverage = {}
     with refusals():
         for name, adapter in zip(names, tqdm(adapters, desc="adding", unit="adapter", delay=1.0), strict=True):
+            source = source_of(name, adapter)
             # an absorb says itself which layers it leaves out
-            projection = sub.project(adapter, name) if project else projected(sub.state, source_of(name, adapter), name)
+            projection = sub.project(source, name) if project else projected(sub.state, source, name)
             coverage[name] = projection.coverage
-            sub.add_task(projection) if project else sub.absorb(adapter, name)
+            sub.add_task(projection) if project else sub.absorb(source, name)
         sub.save(out or file)
     tell({**described(sub, out or file), "covered_before": coverage}, as_json)
 

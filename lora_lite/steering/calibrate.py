@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.dial import check_float
+from lora_lite.steering.arguments import check_adapter, check_list, check_whole, check_writes, is_real, told
 from lora_lite.steering.coherence import Coherence, Measure, measures
 from lora_lite.steering.likelihood import divergence
 from lora_lite.steering.response import BOTH, aligned, finite
@@ -66,11 +67,13 @@ def calibrate_c(
 
     Raises ValueError where a measure is 0 at c=0, or a budget is missing; RuntimeError where the adapter is merged.
     """
+    check_adapter(adapter)
     how = Writing(max_new_tokens, temperature, samples, seed, max_rows, progress, generate)
     asked, steps = as_prompts(prompts, tokenizer), check_grid(grid, doublings, sections, rounds)
     model = model if model is not None else adapter.model
     if model is None:
         raise ValueError(f"adapter {adapter.name!r} is not attached; say for which model: calibrate_c(adapter, prompts, model=model, ...)")
+    check_writes(model)
     given = as_texts(texts, asked, tokenizer) if texts is not None else None
     rule = rule_of(mode, budget, aggregate, coherence, floors, given is not None)
     with on_model(model, adapter) as here:
@@ -82,18 +85,21 @@ def calibrate_c(
 
 
 def check_grid(grid: Sequence[float], doublings: int, sections: int, rounds: int) -> list[float]:
+    check_list("grid", grid, "[0.5, 1, 2]")
+    check_whole(2, sections=sections)
+    check_whole(0, rounds=rounds, doublings=doublings)
     steps = sorted({check_float(c) for c in grid})
     if not steps or steps[0] <= 0:
         raise ValueError(f"grid holds the sizes of c to try, all above 0 (each is tried with both signs); got {list(grid)}")
-    if sections < 2 or min(rounds, doublings) < 0:
-        asked = f"sections={sections}, rounds={rounds}, doublings={doublings}"
-        raise ValueError(f"sections must be at least 2 (a bisection), rounds and doublings at least 0; got {asked}")
     return steps
 
 
 def as_texts(texts: Sequence[str], prompts: Sequence[Prompt], tokenizer: Any) -> list[Sample]:
     """Given continuations, one for each prompt."""
-    if isinstance(texts, str) or len(texts) != len(prompts):
+    check_list("texts", texts, '["a continuation"]')
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(f"texts continue the prompts, in words; among them is {told(wrong[0])}")
+    if len(texts) != len(prompts):
         raise ValueError(f"texts continue the prompts, one each: got {len(texts)} for {len(prompts)} prompts")
     ids = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     if empty := [i for i, tokens in enumerate(ids) if not tokens]:
@@ -154,8 +160,8 @@ def rule_of(mode: str, budget: float | None, aggregate: str, coherence: Coherenc
         raise ValueError(f'mode must be "largest" or "iso_kl", got {mode!r}')
     if floors or coherence != BOTH:
         raise ValueError('coherence and floors belong to mode="largest"; mode="iso_kl" looks at the divergence from c=0 alone')
-    if budget is None or not budget > 0:
-        raise ValueError(f'mode="iso_kl" needs a budget above 0, in nats per token, e.g. 0.2; got {budget}')
+    if budget is None or not (is_real(budget) and budget > 0):
+        raise ValueError(f'mode="iso_kl" needs a budget above 0, in nats per token, e.g. 0.2; got {budget!r:.60}')
     if aggregate not in AGGREGATES:
         raise ValueError(f"aggregate must be one of {AGGREGATES}, got {aggregate!r}")
     return WithinBudget(budget, aggregate)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_lite.adapter import Adapter
+from lora_lite.steering.arguments import check_rating, is_real, told
 from lora_lite.steering.likelihood import nats
 from lora_lite.steering.writing import Sample
 
@@ -43,9 +44,17 @@ def perplexity(model: Any, adapter: Adapter, samples: Sequence[Sample], max_rows
 
 
 def rate(what: str, function: Rating, texts: list[str]) -> list[float]:
-    """What a user's function says of each text, as floats. Raises ValueError where that is not one finite number per text."""
-    found = function(texts)
-    values = [float(x) for x in (found.tolist() if hasattr(found, "tolist") else found)]
+    """What a user's function says of each text, as floats. Raises TypeError or ValueError where that is not one finite number per text."""
+    try:
+        found = function(texts)
+    except Exception as error:
+        error.add_note(f"in {what}, which was called with a list of {len(texts)} texts, for one number each")
+        raise
+    given = found.tolist() if hasattr(found, "tolist") else found
+    values = list(given) if isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping) else None
+    if values is None or any(isinstance(x, str) or not hasattr(x, "__float__") for x in values):
+        raise TypeError(f"{what} must return one number per text; for {len(texts)} texts it returned {told(found)}")
+    values = [float(x) for x in values]
     if len(values) != len(texts):
         raise ValueError(f"{what} was given {len(texts)} texts and returned {len(values)} numbers; it must return one for each")
     if wrong := next(((x, t) for x, t in zip(values, texts, strict=True) if not math.isfinite(x)), None):
@@ -101,16 +110,25 @@ class Measure:
 
 
 def measures(coherence: Coherence, floors: Mapping[str, float] | None = None) -> tuple[Measure, ...]:
-    """What was asked for, by name. Raises ValueError for an unknown name, the same name twice, or a floor for none of them."""
-    asked = [coherence] if isinstance(coherence, str) or callable(coherence) else list(coherence)
+    """What was asked for, by name. Raises ValueError for an unknown name, the same name twice, a floor for none of them or no number;
+    TypeError for what is neither name nor function."""
+    alone = isinstance(coherence, str) or callable(coherence) or not isinstance(coherence, Iterable) or isinstance(coherence, Mapping)
+    asked: list[Any] = [coherence] if alone else list(coherence)  # type: ignore[arg-type]
+    for x in asked:
+        if not isinstance(x, str):
+            check_rating(f"coherence is {', '.join(map(repr, BUILT_IN))}, or a list of them and functions; a function", x)
     if unknown := [x for x in asked if isinstance(x, str) and x not in BUILT_IN]:
         raise ValueError(f"coherence {unknown} is unknown; there is {', '.join(BUILT_IN)}, or a function of your own: texts -> numbers")
     named = [(x, None) if isinstance(x, str) else (name_of(x), x) for x in asked]
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
         raise ValueError(f"coherence measures share a name: {names}; give each function a __name__ of its own")
+    if floors is not None and not isinstance(floors, Mapping):
+        raise TypeError(f'floors is a mapping of a measure to its floor, e.g. {{"perplexity": 0.5}}; got {told(floors)}')
     if idle := set(floors or {}) - set(names):
-        raise ValueError(f"floors has {sorted(idle)}, but the coherence measures are {names}")
+        raise ValueError(f"floors has {sorted(map(str, idle))}, but the coherence measures are {names}")
+    if wrong := {name: floor for name, floor in (floors or {}).items() if not is_real(floor)}:
+        raise ValueError(f"a floor is a number relative to c=0, e.g. 0.8; got {wrong}")
     floors = FLOORS | dict(floors or {})
     return tuple(Measure(name, floors.get(name, OWN_FLOOR), function) for name, function in named)
 

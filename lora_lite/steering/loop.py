@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lora_lite.adapter import Adapter
 from lora_lite.attachment import all_hooks, inner
+from lora_lite.steering.arguments import check_seed, is_real, is_whole
 from lora_lite.steering.losses import Aggregate, aggregated, completion_nll, kl_by_place, margin_nll, pcgrad
 from lora_lite.steering.pairs import ContrastivePairs
 from lora_lite.steering.report import Check, PoleCheck, TrainingReport
@@ -47,9 +48,14 @@ class Recipe:
 
     def __post_init__(self) -> None:
         counted, positive, others = ("steps", "batch_size", "kl_top_k", "checks"), ("lr", "cap", "clip"), ("kl", "warmup")
-        wrong = [f"{name} must be at least 1" for name in counted if not getattr(self, name) >= 1]
-        wrong += [f"{name} must be above 0" for name in positive if not 0 < getattr(self, name) < math.inf]
-        wrong += [f"{name} must be 0 or above" for name in others if not 0 <= getattr(self, name) < math.inf]
+        check_seed(self.seed)
+        wrong = [f"{name} must be at least 1, a whole number" for name in counted if not is_whole(getattr(self, name), 1)]
+        wrong += [f"{name} must be above 0" for name in positive if not (is_real(x := getattr(self, name)) and x > 0)]
+        wrong += [f"{name} must be 0 or above" for name in others if not (is_real(x := getattr(self, name)) and x >= 0)]
+        if not isinstance(self.project, bool):
+            wrong.append("project is True or False")
+        if self.kl_aggregate not in get_args(Aggregate):
+            wrong.append(f"kl_aggregate is one of {get_args(Aggregate)}")
         if self.keep not in ("best", "last"):
             wrong.append("keep is 'best' or 'last'")
         if wrong:

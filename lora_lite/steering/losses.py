@@ -14,13 +14,15 @@ Plain functions of tensors: nothing here knows adapters or models.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import Parameter
+
+from lora_lite.steering.arguments import check_whole, is_real, told
 
 Aggregate = Literal["mean", "rmse", "p95"]
 LEAST = 1e-6  # probability that the rest of the vocabulary counts as having, so that its logarithm stays finite
@@ -33,6 +35,7 @@ def completion_nll(
 
     `completion` marks the tokens that are judged (prompt and padding are not); a row without any is 0, and NaN per token.
     """
+    check_rows(logits, completion, ids=ids)
     judged = completion[:, 1:]  # logits at t say what comes at t + 1
     losses = F.cross_entropy(wide(logits[:, :-1]).transpose(1, 2), ids[:, 1:], reduction="none")
     total = torch.where(judged, losses, 0.0).sum(1)
@@ -56,6 +59,11 @@ def margin_nll(
     the push alone, which has no bottom, can pay for both, and takes every text with it. In the grammar of
     examples/two_styles.py, without a KL, one hinge left 52% and 1% valid sentences at c = -1 and +1, two left 90%.
     """
+    sizes = [tuple(x.shape) if isinstance(x, Tensor) else told(x) for x in (own, other)]
+    if not isinstance(own, Tensor) or sizes[0] != sizes[1] or not own.numel():
+        raise ValueError(f"own and other are tensors (n,), -log p of each text, as many of one as of the other; got {sizes}")
+    if not is_real(cap) or cap <= 0:
+        raise ValueError(f"cap is how many nats a text moves at most, above 0; got {cap!r:.60}")
     pulled, pushed = own_reference - own, other - other_reference
     return ((cap - pulled).relu() + (cap - pushed).relu()).mean()
 
@@ -74,8 +82,27 @@ def reference_kl(
     95th percentile): one token in a hundred that is far off begins a loop that a mean of many does not show.
     Cost: top_k of the reference, one log-softmax of each.
     """
+    check_rows(logits, completion, reference=reference)
+    check_whole(1, top_k=top_k)
     judged = completion[:, 1:]
     return aggregated(kl_by_place(logits[:, :-1][judged], reference[:, :-1][judged], top_k), aggregate)
+
+
+def check_rows(logits: Any, completion: Any, **others: Any) -> None:
+    """Raises TypeError or ValueError for what does not belong together: some of it would broadcast into a number that means nothing."""
+    given = {"logits": logits, "completion": completion, **others}
+    if wrong := {name: type(x).__name__ for name, x in given.items() if not isinstance(x, Tensor)}:
+        raise TypeError(
+            f"logits (n, t, v), completion (n, t) and {' and '.join(others)} are tensors; got {wrong}. A model's are its .logits"
+        )
+    if completion.dtype is not torch.bool:
+        raise TypeError(
+            f"completion marks the tokens that are judged, in torch.bool; got {completion.dtype}: rows.completion, or mask.bool()"
+        )
+    shapes = {name: tuple(x.shape) for name, x in given.items()}
+    same = shapes["completion"] == shapes["logits"][:2] and all(s in (shapes["logits"], shapes["logits"][:2]) for s in shapes.values())
+    if logits.ndim != 3 or not same:
+        raise ValueError(f"these are not of the same rows and tokens: {shapes}")
 
 
 def kl_by_place(logits: Float[Tensor, "m v"], reference: Float[Tensor, "m v"], top_k: int) -> Float[Tensor, " m"]:
@@ -119,9 +146,15 @@ def pcgrad(losses: Sequence[Tensor], parameters: Iterable[Parameter]) -> float:
     Two backward passes: under gradient checkpointing, two recomputes. Raises ValueError for other than two losses.
     Source: arXiv:2001.06782, algorithm 1 for two tasks.
     """
-    if len(losses) != 2:
-        raise ValueError(f"pcgrad takes the losses of the two poles, got {len(losses)}")
+    if isinstance(losses, Tensor) or not isinstance(losses, Sequence) or len(losses) != 2:
+        raise ValueError(f"pcgrad takes the losses of the two poles, [up, down]; got {told(losses)}")
+    if wrong := [x for x in losses if not isinstance(x, Tensor) or x.numel() != 1 or not x.requires_grad]:
+        raise ValueError(f"a loss is one number that depends on what is trained, a tensor with a gradient; got {told(wrong[0])}")
+    if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters are several, adapter.parameters() or [p]; got {told(parameters)}")
     trained = [p for p in parameters if p.requires_grad]
+    if not trained:
+        raise ValueError("there is nothing to train: none of these parameters requires gradients")
     before = [p.grad for p in trained]
     up, down = (gradient(loss, trained, keep) for loss, keep in zip(losses, (True, False), strict=True))
     dot, square_up, square_down = inner(up, down), inner(up, up), inner(down, down)

@@ -6,12 +6,15 @@ import json
 import os
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from lora_lite.steering.rows import Rows, Text, completion_ids, packed, pad_id, prompt_ids
+from lora_lite.checkpoint import listed
+from lora_lite.steering.arguments import check_seed, check_whole, is_real, told
+from lora_lite.steering.rows import Rows, Text, completion_ids, is_text, packed, pad_id, prompt_ids
 
 FIELDS = ("prompt", "chosen", "rejected")
 EXPECTED = '{"prompt": ..., "chosen": ..., "rejected": ...}'
@@ -53,11 +56,20 @@ class ContrastivePairs(Sequence[Pair]):
 
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str]) -> ContrastivePairs:
-        """One JSON object per line, {"prompt": ..., "chosen": ..., "rejected": ...}; other keys and empty lines are passed over."""
+        """One JSON object per line, {"prompt": ..., "chosen": ..., "rejected": ...}; other keys and empty lines are passed over.
+
+        Raises OSError of the system's own kind for a file that cannot be read, ValueError for one that holds other things.
+        """
+        if not isinstance(path, str | os.PathLike):
+            raise TypeError(f"from_jsonl takes a file's path; got {told(path)}. ContrastivePairs(...) takes pairs that are there already")
         name = os.fspath(path)
         try:
             with open(path, encoding="utf-8-sig") as file:
                 lines = [(f"{name}, line {n}", line) for n, line in enumerate(file, 1) if line.strip()]
+        except OSError as error:
+            said = type(error)(f"{name}: {unread(Path(path), error)}; expected JSON lines, each {EXPECTED}")
+            said.errno = error.errno
+            raise said from error
         except UnicodeDecodeError as error:
             raise ValueError(f"{name}: not UTF-8 text ({error})") from error
         if not lines:
@@ -90,9 +102,10 @@ class ContrastivePairs(Sequence[Pair]):
 
     def split(self, share: float, seed: int = 0) -> tuple[ContrastivePairs, ContrastivePairs]:
         """(the rest, a random `share` of the pairs): at least one pair on either side. Raises ValueError where that cannot be."""
-        n = max(1, round(share * len(self)))
-        if not 0 < share < 1 or n >= len(self):
-            raise ValueError(f"cannot hold out {share} of {len(self)} pairs: a share is between 0 and 1, and both sides need a pair")
+        check_seed(seed)
+        n = max(1, round(share * len(self))) if is_real(share) else 0
+        if not n or not 0 < share < 1 or n >= len(self):
+            raise ValueError(f"cannot hold out {share!r:.60} of {len(self)} pairs: a share is between 0 and 1, and both sides need a pair")
         order = random.Random(seed).sample(self._pairs, len(self))
         return self._of(order[n:]), self._of(order[:n])
 
@@ -101,6 +114,7 @@ class ContrastivePairs(Sequence[Pair]):
 
         Of an odd number one pair, at random, is left out: a null must not lean. Raises ValueError for fewer than two pairs.
         """
+        check_seed(seed)
         if len(self) < 2:
             raise ValueError(f"a balanced shuffle needs at least 2 pairs, got {len(self)}")
         draw = random.Random(seed)
@@ -111,6 +125,8 @@ class ContrastivePairs(Sequence[Pair]):
 
     def batches(self, size: int, steps: int, seed: int = 0) -> Iterator[ContrastivePairs]:
         """`steps` batches of `size` pairs (or all there are, if fewer); every pair is seen before any is seen again."""
+        check_whole(1, size=size)
+        check_whole(0, steps=steps)
         draw, waiting, size = random.Random(seed), [], min(size, len(self))
         for _ in range(steps):
             while len(waiting) < size:
@@ -133,6 +149,8 @@ class ContrastivePairs(Sequence[Pair]):
 
         Raises ValueError listing the pairs whose prompt or completion comes to no tokens, or whose two completions are the same.
         """
+        if max_completion is not None:
+            check_whole(1, max_completion=max_completion)
         found = [
             Pair(
                 prompt_ids(tokenizer, p.prompt),
@@ -162,6 +180,7 @@ class ContrastivePairs(Sequence[Pair]):
 
         labels  with the completion's tokens as labels: `["cho"]` is then what a variant takes that reads gradients
         """
+        check_whole(1, most=most, size=size)
         parts = [self[i : min(i + size, most)] for i in range(0, min(most, len(self)), size)]
         both = [part.encode(tokenizer, max_completion=max_completion) for part in parts]
         both = [rows.inputs() | ({"labels": rows.ids.masked_fill(~rows.completion, -100)} if labels else {}) for rows in both]
@@ -171,11 +190,19 @@ class ContrastivePairs(Sequence[Pair]):
 # --- reading and checking ---------------------------------------------------------------------------------------------
 
 
+def unread(path: Path, error: OSError) -> str:
+    """Why a file of pairs cannot be read, in words."""
+    if isinstance(error, FileNotFoundError):
+        near = listed(sorted(p.name for p in path.parent.glob("*.jsonl"))) if path.parent.is_dir() else "no such folder"
+        return f"there is no such file (.jsonl files in {path.parent}: {near})"
+    return "it is a folder" if isinstance(error, IsADirectoryError) else f"it cannot be read ({error.strerror or error})"
+
+
 def parsed(line: str) -> Any:
     """What a line of JSON holds, or the error, to be told with the others."""
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return error
 
 
@@ -217,10 +244,6 @@ def pair_of(value: Any) -> Pair | str:
 def shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:60] + "..."
-
-
-def is_text(part: Any) -> bool:
-    return isinstance(part, str) or (isinstance(part, list | tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in part))
 
 
 def unusable(pair: Pair) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_lite.checkpoint import disk
+from lora_lite.steering.arguments import is_real
 
 COLORS = BLUE, GRAY, ORANGE = "#1f5fa8", "0.45", "#c25b12"
 SHADE = "#f3e3b3"
@@ -68,7 +69,7 @@ def against_c(
 ) -> None:
     """One panel below the other over one axis, the stretch `zoom` shaded; a second column shows it where that makes it larger.
 
-    called  what there is to say of the stretch, before its range. Raises ImportError without matplotlib, ValueError for a zoom that
+    called  what is seen in the stretch, in place of its range. Raises ImportError without matplotlib, ValueError for a zoom that
             is no stretch of c in what is shown.
     """
     every = [c for panel in panels for curve in panel.curves for c in curve.c]
@@ -95,9 +96,9 @@ def against_c(
         if panel.log:
             plain_ticks(axis)
     if zoom:
-        grid[0][0].set_title("all of it", fontsize=9)
-        shaded = "" if len(columns) > 1 else "shaded, " if called else "shaded: "
-        grid[0][-1].set_title(f"{shaded}{called}c from {zoom[0]:.3g} to {zoom[1]:.3g}", fontsize=9)
+        grid[0][0].set_title(f"every dose, c from {whole[0]:.3g} to {whole[1]:.3g}", fontsize=9)
+        said = called or f"c from {zoom[0]:.3g} to {zoom[1]:.3g}"
+        grid[0][-1].set_title(f"the shaded part, larger: {said}" if len(columns) > 1 else f"shaded: {said}", fontsize=9)
     if len(panels[0].curves) > 1:
         grid[0][0].legend(fontsize=8, frameon=False, reverse=True)
     if title:
@@ -106,13 +107,16 @@ def against_c(
 
 
 def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file in it, such as {Path(path) / 'response.png'}")
     disk.make_folder(Path(path).absolute().parent)
     figure.savefig(path)
 
 
 def check_zoom(zoom: tuple[float, float], whole: tuple[float, float]) -> None:
-    if len(zoom) != 2 or not zoom[0] < zoom[1] or zoom[1] < whole[0] or zoom[0] > whole[1]:
-        raise ValueError(f"zoom is a stretch (low, high) of the doses, which go from {whole[0]:g} to {whole[1]:g}; got {tuple(zoom)}")
+    pair = isinstance(zoom, tuple | list) and len(zoom) == 2 and all(map(is_real, zoom))
+    if not pair or not zoom[0] < zoom[1] or zoom[1] < whole[0] or zoom[0] > whole[1]:
+        raise ValueError(f"zoom is a stretch (low, high) of the doses, which go from {whole[0]:g} to {whole[1]:g}; got {zoom!r:.60}")
 
 
 def widened(shown: tuple[float, float], margin: float, whole: tuple[float, float]) -> tuple[float, float]:

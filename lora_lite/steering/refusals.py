@@ -12,6 +12,8 @@ from lora_lite.attachment import all_hooks, inner
 from lora_lite.baked import HistoryHook
 from lora_lite.dial import Dial, check_float
 from lora_lite.doses import DoseDial
+from lora_lite.steering.arguments import check_takes
+from lora_lite.steering.pairs import ContrastivePairs
 
 
 def refuse_broken(model: nn.Module, adapter: Adapter, poles: Sequence[float]) -> None:
@@ -24,6 +26,7 @@ def refuse_broken(model: nn.Module, adapter: Adapter, poles: Sequence[float]) ->
 
 
 def refuse_model(model: nn.Module) -> None:
+    check_takes(model, "input_ids")
     config = getattr(inner(model), "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
@@ -61,11 +64,23 @@ def refuse_untrainable(adapter: Adapter) -> None:
 
 
 def refuse_poles(poles: Sequence[float]) -> None:
+    if not isinstance(poles, tuple | list) or len(poles) != 2:
+        raise ValueError(f"poles are (c of the chosen texts > 0, c of the rejected ones < 0), usually (1.0, -1.0); got {poles!r:.60}")
     up, down = (check_float(c) for c in poles)
     if 0.0 in (up, down):
         raise ValueError(f"a pole at c = 0 is the base itself and cannot learn; got poles {(up, down)}, usual are (1.0, -1.0)")
     if not down < 0 < up:
         raise ValueError(f"poles are (c of the chosen texts > 0, c of the rejected ones < 0), got {(up, down)}")
+
+
+def refuse_few(kept: ContrastivePairs, held: ContrastivePairs | None) -> None:
+    """A null control of one pair is that pair's training, with the labels as they are or the other way round."""
+    if len(kept) < 2:
+        parts = f"{len(kept)} pair to train on, beside {len(held)} held out" if held else f"{len(kept)} pair, none held out"
+        raise ValueError(
+            f"a null control needs at least 2 pairs to train on, one with its labels exchanged and one without; got {parts}. Give at "
+            "least 3 pairs; with 2, validation=None or pairs of its own leaves both to train on"
+        )
 
 
 def refuse_shut_gates(model: nn.Module, adapter: Adapter, poles: Sequence[float]) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.steering import plot
+from lora_lite.steering.arguments import check_adapter, check_rating, check_writes, is_real, told
 from lora_lite.steering.coherence import Coherence, Measure, Rating, measures, name_of, rate
 from lora_lite.steering.writing import Prompt, Writing, as_prompts, check_doses, on_model, write
+from lora_lite.target import check_model
 
 BOTH = ("distinct-3", "perplexity")
 INSIDE = 3  # doses between the ends of a stretch that is called gradual
@@ -58,8 +60,11 @@ def dose_response(
 
     Raises ValueError for no doses or prompts, an unknown measure, or a function that does not return one finite number per text.
     """
-    if not callable(score):
-        raise TypeError(f"score is a function of texts, a list, to one number each; got {type(score).__name__} {score!r:.60}")
+    check_model(model)
+    check_writes(model)
+    check_rating("score", score)
+    for name, given in (("adapter", adapter), *([("null", null)] if null is not None else [])):
+        check_adapter(given, name)
     how = Writing(max_new_tokens, temperature, samples, seed, max_rows, progress, generate)
     asked, named, doses = as_prompts(prompts, tokenizer), measures(coherence), check_doses(cs)
     if null is adapter:
@@ -152,6 +157,10 @@ class DoseResponse:
     readings: tuple[Reading, ...]
     null: DoseResponse | None = None
 
+    def __post_init__(self) -> None:
+        if not any(r.c == 0 for r in self.readings):
+            raise ValueError(f"there are no readings at c=0, which every other dose is compared with; there are {self.cs}")
+
     @property
     def cs(self) -> list[float]:
         return sorted({r.c for r in self.readings})
@@ -213,19 +222,23 @@ class DoseResponse:
         return sum(ends[0] < c < ends[1] for c in self.cs)
 
     def stretch(self, least: float = 0.0, share: float = 0.1) -> tuple[float, float] | None:
-        """Where the trait makes its way, as far as these doses tell: from `share` to 1 - `share` of its range, rising or falling.
+        """Where the trait makes its way from the level it begins at to the level it ends at, as far as these doses tell.
 
+        It begins at the last dose that is still on the first level: nearer to the mean of the doses on it so far than `share` of the
+        trait's whole range. It ends at the first dose that is on the last level, found in the same way from the other side.
         It may be a single step, or chance: a place to look closer, `gradual` is what can be claimed. None where the range is not
         above `least`: a trait that does not move has no way to make.
         """
+        if not (is_real(least) and is_real(share) and 0 < share < 0.5):
+            raise ValueError(f"least is a number, and share a part of the range, between 0 and 0.5; got {least!r:.60}, {share!r:.60}")
         doses = self.doses
         ends = doses[0].trait, doses[-1].trait
         traits = [d.trait if ends[0] <= ends[1] else -d.trait for d in doses]
         low, high = min(traits), max(traits)
         if not high - low > least:
             return None
-        arrived = next(i for i, t in enumerate(traits) if t - low >= (1 - share) * (high - low))
-        left = max((i for i, t in enumerate(traits[: arrived + 1]) if t - low <= share * (high - low)), default=0)
+        arrived = max(1, len(traits) - 1 - level([-t for t in reversed(traits)], share * (high - low)))
+        left = level(traits[:arrived], share * (high - low))
         return doses[left].c, doses[arrived].c
 
     def joined(self, other: DoseResponse) -> DoseResponse:
@@ -233,6 +246,8 @@ class DoseResponse:
 
         Raises ValueError where they do not speak of the same: prompts, trait or measures.
         """
+        if not isinstance(other, DoseResponse):
+            raise TypeError(f"a DoseResponse is joined with another; got {told(other)}")
         labels = [(x.prompts, x.trait, x.measures, x.null is None) for x in (self, other)]
         if labels[0] != labels[1]:
             raise ValueError("these tables differ in prompts, trait or measures, or only one has a null: measure both in one way")
@@ -248,9 +263,13 @@ class DoseResponse:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DoseResponse:
-        """What `to_dict` wrote; the doses are derived again."""
-        null = cls.from_dict(data["null"]) if data["null"] else None
-        return cls(tuple(data["prompts"]), data["trait"], tuple(data["measures"]), tuple(Reading(**r) for r in data["readings"]), null)
+        """What `to_dict` wrote; the doses are derived again. Raises ValueError for anything else."""
+        try:
+            null = cls.from_dict(data["null"]) if data["null"] else None
+            return cls(tuple(data["prompts"]), data["trait"], tuple(data["measures"]), tuple(Reading(**r) for r in data["readings"]), null)
+        except (KeyError, TypeError) as error:
+            keys = sorted(data) if isinstance(data, Mapping) else type(data).__name__
+            raise ValueError(f"that is not what DoseResponse.to_dict wrote: {type(error).__name__} {error}; it has {keys}") from error
 
     def plot(self, path: str | os.PathLike[str], zoom: tuple[float, float] | None = None, title: str = "") -> None:
         """Trait and coherence against c, with bands over prompts and the null control. The file's ending chooses the format.
@@ -261,8 +280,11 @@ class DoseResponse:
         """
         panels = [plot.Panel(f"{self.trait}\n(mean ± standard error over {len(self.prompts)} prompts)", self._trait_curves())]
         panels += [coherence_panel(name, self._coherence_curves(name)) for name in self.measures]
-        called = "where it is gradual: " if zoom and tuple(zoom) == self.gradual() else ""
-        plot.against_c(path, panels, zoom, title, called)
+        plot.against_c(path, panels, zoom, title, self._moved(zoom) if zoom and zoom == self.gradual() else "")
+
+    def _moved(self, ends: tuple[float, float]) -> str:
+        first, last = (self.at(c).trait for c in ends)
+        return f"{self.trait} {'rises' if last > first else 'falls'} from {first:.2f} to {last:.2f}"
 
     def _trait_curves(self) -> list[plot.Curve]:
         def curve(name: str, found: DoseResponse) -> plot.Curve:
@@ -295,10 +317,20 @@ class DoseResponse:
         return "\n".join([*aligned(rows), said])
 
 
+def level(traits: Sequence[float], near: float) -> int:
+    """The last place that is still on the level where they begin."""
+    last = 0
+    for i, t in enumerate(traits):
+        if t - statistics.fmean(traits[: last + 1]) <= near:
+            last = i
+    return last
+
+
 def coherence_panel(name: str, curves: list[plot.Curve]) -> plot.Panel:
     if name == "perplexity":
         return plot.Panel("perplexity under the base\n(geometric mean, quartiles)", curves, log=True)
-    return plot.Panel(f"{name}\n(mean, quartiles)", curves, share=name == "distinct-3")
+    meaning = " (1: no repeats)" if name == "distinct-3" else ""
+    return plot.Panel(f"{name}{meaning}\n(mean, quartiles)", curves, share=name == "distinct-3")
 
 
 def finite(fields: dict[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,17 @@ from lora_lite.checkpoint import disk
 from lora_lite.config import AdapterConfig
 from lora_lite.history import HistoryBake, disabled
 from lora_lite.lifecycle import attach, load
+from lora_lite.steering.arguments import check_seed, is_real, is_whole, told
 from lora_lite.steering.calibrate import calibrate_c
+from lora_lite.steering.loop import Recipe
 from lora_lite.steering.pairs import ContrastivePairs
+from lora_lite.steering.refusals import refuse_few, refuse_poles
 from lora_lite.steering.report import TrainingReport
 from lora_lite.steering.standing import alone_in, record, recorded
 from lora_lite.steering.train import null_control, parted, train_steering
 from lora_lite.steering.verdict import RULE, Round, Rounds, judged
 from lora_lite.steering.writing import as_prompts
+from lora_lite.target import check_model
 from lora_lite.variant import variant_of
 
 
@@ -72,6 +75,17 @@ def steering_rounds(
     Raises ValueError for another job's folder (naming what differs) and for bad settings, RuntimeError where another process is at
     work in the folder, and what training, calibration and files raise.
     """
+    check_model(model)
+    variant_of(config)
+    as_prompts(prompts, tokenizer)
+    for name, given in (("training", training), ("calibration", calibration)):
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(f"{name} is a mapping of keywords to values; got {told(given)}")
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"folder is where the state lies, a path; got {told(folder)}")
+    if after is not None and not callable(after):
+        raise TypeError(f"after is a function of a Round; got {told(after)}")
+    check_seed(seed)
     job = Job(
         model, config, *parted(pairs, validation, seed), list(prompts), Path(folder), tokenizer, margin, dose, dict(training or {}),
         dict(calibration or {}), seed, progress,
@@ -114,17 +128,24 @@ class Job:
 
     def check(self, rounds: int) -> None:
         """Everything that can be known before the first step."""
-        if rounds < 1 or not (math.isfinite(self.margin) and 0 < self.dose < math.inf):
-            raise ValueError(f"rounds must be at least 1, margin finite and dose above 0; got {rounds}, {self.margin}, {self.dose}")
-        own = {"training": ("seed", "validation", "progress"), "calibration": ("seed", "progress", "model", "tokenizer")}
+        if not (is_whole(rounds, 1) and is_real(self.margin) and is_real(self.dose) and self.dose > 0):
+            got = f"{rounds!r:.60}, {self.margin!r:.60}, {self.dose!r:.60}"
+            raise ValueError(f"rounds must be at least 1, a whole number, margin finite and dose above 0; got {got}")
+        own = {
+            "training": ("seed", "validation", "progress", "model", "adapter", "pairs", "tokenizer"),
+            "calibration": ("seed", "progress", "model", "adapter", "prompts", "tokenizer"),
+        }
         for what, given in (("training", self.training), ("calibration", self.calibration)):
             if taken := sorted(set(own[what]) & set(given)):
                 raise ValueError(f"{what} holds {taken}, which the rounds set themselves; give them to steering_rounds, or leave them out")
         if unknown := sorted(set(self.training) - set(inspect.signature(train_steering).parameters)):
             raise ValueError(f"training holds {unknown}, which ll.train_steering does not take")
+        said = {name: p.default for name, p in inspect.signature(train_steering).parameters.items()} | self.training
+        Recipe(**{f.name: said[f.name] for f in fields(Recipe)})
+        refuse_poles(said["poles"])
         if len(self.held or ()) < 2:
             raise ValueError("validation holds less than 2 pairs, and the rule needs a spread between pairs; give a larger share, or pairs")
-        as_prompts(self.prompts, self.tokenizer)
+        refuse_few(self.pairs, self.held)
         for part in (self.pairs, self.held or self.pairs):
             part.tokenised(self.tokenizer, self.training.get("eos", True), self.training.get("max_completion"))
 

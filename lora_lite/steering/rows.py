@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from lora_lite.steering.arguments import told
+
 Text = str | Sequence[int]  # or the token ids of one
+
+
+def is_text(part: Any) -> bool:
+    """Text that can be written down, which half of a surrogate pair cannot, or token ids."""
+    if isinstance(part, str):
+        return part.isascii() or not any("\ud800" <= c <= "\udfff" for c in part)
+    return isinstance(part, list | tuple) and all(isinstance(i, Integral) and not isinstance(i, bool) and 0 <= int(i) < 2**63 for i in part)
 
 
 @dataclass(frozen=True)
@@ -55,10 +65,8 @@ def completion_ids(tokenizer: Any, text: Text, eos: bool) -> list[int]:
 def needed(tokenizer: Any) -> Any:
     if tokenizer is None:
         raise TypeError("pairs of texts need a tokenizer; only pairs of token ids go without one")
-    if not callable(tokenizer):
-        raise TypeError(
-            f"tokenizer is {type(tokenizer).__name__} {tokenizer!r:.60}; give the tokenizer itself, AutoTokenizer.from_pretrained(...)"
-        )
+    if not (callable(tokenizer) and hasattr(tokenizer, "eos_token_id")):
+        raise TypeError(f"tokenizer is {told(tokenizer)}; give the tokenizer itself, AutoTokenizer.from_pretrained(...)")
     return tokenizer
 
 

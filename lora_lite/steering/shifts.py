@@ -15,7 +15,8 @@ from lora_lite.adapter import Adapter
 from lora_lite.calibration.forms import as_batches
 from lora_lite.calibration.padding import Padding
 from lora_lite.dial import check_float
-from lora_lite.running import moved
+from lora_lite.running import called, moved
+from lora_lite.steering.arguments import check_adapter, check_ids, told
 from lora_lite.steering.response import aligned
 from lora_lite.steering.writing import on_model
 from lora_lite.target import Place, check_model, places
@@ -31,6 +32,7 @@ def block_shifts(model: nn.Module, adapter: Adapter, batches: Any, c: float = 1.
     model has no stack of blocks.
     """
     check_model(model)
+    check_adapter(adapter)
     if not check_float(c):
         raise ValueError("c=0 moves nothing; give the c to look at, e.g. 1.0")
     stacks = blocks_of(model)
@@ -39,8 +41,9 @@ def block_shifts(model: nn.Module, adapter: Adapter, batches: Any, c: float = 1.
     sums: dict[str, Sums] = {}
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with on_model(model, adapter) as here, Stream(model, stacks) as stream:
-        for batch in as_batches(batches):
+        for batch in several(batches):
             batch = moved(batch, device)
+            check_batch(batch, model)
             outputs = []
             for dose in (0.0, c, -c):
                 with here(model, c=dose):
@@ -52,9 +55,37 @@ def block_shifts(model: nn.Module, adapter: Adapter, batches: Any, c: float = 1.
     return BlockShifts(float(c), tuple(BlockShift(stacks[path].stack, stacks[path].depth, *total.means()) for path, total in sums.items()))
 
 
+def several(batches: Any) -> Iterable[Any]:
+    try:
+        return as_batches(batches)
+    except ValueError as error:  # which speaks of calibration data, and of forms that only those have
+        empty = isinstance(batches, list | tuple) and not batches
+        raise ValueError(f"batches is {'an empty list' if empty else told(batches)}; {FORMS}") from error
+
+
+def check_batch(batch: Any, model: nn.Module) -> None:
+    tensors = [x for x in (batch.values() if isinstance(batch, Mapping) else as_parts(batch)) if isinstance(x, Tensor)]
+    if not tensors:
+        raise ValueError(f"a batch is {told(batch)}, without a tensor in it; {FORMS}")
+    if not any(x.numel() for x in tensors):
+        raise ValueError(f"a batch holds no tokens: its tensors are {[tuple(x.shape) for x in tensors]}; {FORMS}")
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else tensors[0]
+    if isinstance(ids, Tensor) and ids.ndim and not ids.is_floating_point():
+        check_ids(model, ids.reshape(-1, ids.shape[-1]).tolist(), "the batches")
+
+
+def as_parts(batch: Any) -> Iterable[Any]:
+    return batch if isinstance(batch, list | tuple) else [batch]
+
+
 def blocks_of(model: nn.Module) -> dict[str, Place]:
     """Path -> place, of the blocks of every outermost stack."""
     return {path: place for path, place in places(model).items() if place is not None and path.rpartition(".")[0] == place.stack}
+
+
+FORMS = (
+    'it can be a mapping of the model\'s arguments, {"input_ids": ids, "attention_mask": mask}, a tensor of ids, or a list of such batches'
+)
 
 
 class Stream:
@@ -88,10 +119,11 @@ class Stream:
         """One forward: path -> what the block put out, one row per token."""
         self.outputs = {}
         with self.padding.of(batch):
-            if isinstance(batch, Mapping):
-                self.model(**batch)
-            else:
-                self.model(*(batch if isinstance(batch, list | tuple) else [batch]))
+            try:
+                called(self.model, batch)
+            except Exception as error:
+                error.add_note(f"in {type(self.model).__name__}, which block_shifts called with a batch of its own form; {FORMS}")
+                raise
         return self.outputs
 
 

@@ -32,6 +32,8 @@ def recorded(folder: Path, job: Mapping[str, Any]) -> list[Round]:
         there, done = state["job"], [Round(**r) for r in state["rounds"]]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a state of steering_rounds ({error}); give another folder") from error
+    if not isinstance(there, dict):
+        raise ValueError(f"{path} is not a state of steering_rounds (its job is {there!r:.60}); give another folder")
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} has format {state.get('format')}, this version reads {FORMAT}; give another folder")
     differ = [f"{key} was {there.get(key)}, is {job.get(key)}" for key in sorted({*there, *job}) if there.get(key) != job.get(key)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -14,11 +15,13 @@ from lora_lite.adapter import Adapter
 from lora_lite.config import AdapterConfig
 from lora_lite.lifecycle import attach
 from lora_lite.running import as_it_was
+from lora_lite.steering.arguments import check_adapter, check_ids
 from lora_lite.steering.loop import Recipe, Training
 from lora_lite.steering.losses import Aggregate
 from lora_lite.steering.pairs import ContrastivePairs
-from lora_lite.steering.refusals import refuse_absent, refuse_broken
+from lora_lite.steering.refusals import refuse_absent, refuse_broken, refuse_few
 from lora_lite.steering.report import TrainingReport
+from lora_lite.target import check_model
 
 
 def train_steering(
@@ -77,6 +80,8 @@ def train_steering(
     not attached here or has no trainables, trainables in bfloat16 or float16, a pole at c = 0, a history whose gate does not open
     at a pole, bad pairs; during training, RuntimeError where the loss or its gradient is not finite.
     """
+    check_model(model)
+    check_adapter(adapter)
     recipe = Recipe(
         steps=steps, batch_size=batch_size, lr=lr, warmup=warmup, clip=clip, cap=cap, kl=kl, kl_aggregate=kl_aggregate, kl_top_k=kl_top_k,
         project=project, poles=poles, checks=checks, keep=keep, seed=seed,
@@ -86,6 +91,7 @@ def train_steering(
     kept, held = (part if part is None else part.tokenised(tokenizer, eos, max_completion) for part in (kept, held))
     if not kept:
         raise ValueError("there are no pairs to train on")
+    check_ids(model, (ids for part in (kept, held or ()) for pair in part for ids in pair), "the pairs")  # type: ignore[misc]
     adapter.calibrated = {}  # what was measured of the values before is not true of these: c="auto" asks for a new calibrate_c
     with as_it_was(model), only(adapter, model) as trained, torch.enable_grad():
         torch.manual_seed(seed)
@@ -114,9 +120,13 @@ def null_control(
     the order of doses proves nothing, a null has one as well. The last weights are kept: the best of a null are its start.
     An attached adapter lends its place (and its part in gates) to the null and has its own values back afterwards, also after an
     exception; a config, or a detached adapter's, is attached for the training. calibration_data, exclude_directions:
-    as for `ll.attach`.
+    as for `ll.attach`. Raises ValueError where fewer than two pairs are left to train on, and what `train_steering` raises.
     """
+    check_model(model)
+    if unknown := sorted(set(training) - set(inspect.signature(train_steering).parameters) | {"keep"} & set(training)):
+        raise TypeError(f"null_control has no {unknown}; it takes what train_steering does, but keep: the last weights of a null are kept")
     kept, held = parted(pairs, validation, seed)
+    refuse_few(kept, held)
     shuffled = kept.balanced_shuffle(seed)
     place = adapter if isinstance(adapter, Adapter) and adapter.attached else None
     config = adapter.config if isinstance(adapter, Adapter) else adapter

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,9 +16,12 @@ from tqdm import tqdm
 from lora_lite.adapter import Adapter
 from lora_lite.dial import check_float
 from lora_lite.running import undisturbed
-from lora_lite.steering.rows import pad_id
+from lora_lite.steering.arguments import check_adapter, check_ids, check_list, check_seed, check_whole, is_real, told
+from lora_lite.steering.rows import is_text, pad_id
+from lora_lite.target import check_model
 
 SAMPLING = ("do_sample", "top_k", "top_p", "num_return_sequences", "streamer", "logits_processor")
+STARTS = ("input_ids", "attention_mask", "inputs", "inputs_embeds")
 
 
 class Prompt(NamedTuple):
@@ -59,23 +61,32 @@ class Writing:
     keywords: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "samples", "max_rows"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
+        check_whole(1, max_new_tokens=self.max_new_tokens, samples=self.samples, max_rows=self.max_rows)
+        check_seed(self.seed)
+        if not (is_real(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"temperature must be 0 (greedy) or above, got {self.temperature!r:.60}")
         if self.samples > 1 and not self.temperature:
             raise ValueError(f"samples={self.samples} at temperature 0 would all be the same; give a temperature, e.g. 0.8")
         if taken := [name for name in SAMPLING if name in self.keywords]:
             raise ValueError(f"{taken} cannot be handed on to generate: rows must not depend on each other; use temperature= and samples=")
-        if self.temperature and self.keywords.get("num_beams", 1) > 1:
+        if taken := [name for name in STARTS if name in self.keywords]:
+            raise ValueError(f"{taken} are made of the prompts: give those, as texts or as lists of token ids")
+        if self.temperature and self.keywords.get("num_beams", 1) != 1:
             raise ValueError(f"num_beams={self.keywords['num_beams']} with temperature={self.temperature}: beams are greedy; choose one")
 
 
-def as_prompts(prompts: Sequence[str | Sequence[int]], tokenizer: Any) -> list[Prompt]:
+def as_prompts(given: Sequence[str | Sequence[int]], tokenizer: Any) -> list[Prompt]:
     """Strings as the tokenizer reads them, or tokens as they are (of a chat template, say)."""
-    if isinstance(prompts, str) or not prompts:
-        raise ValueError(f"prompts is a list of strings or of token lists, at least one; got {prompts!r}")
+    several = isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping) and getattr(given, "ndim", 1)
+    prompts = list(given) if several else []
+    if not prompts:
+        raise ValueError(f"prompts is a list of strings or of token lists, at least one; got {given!r:.60}")
+    prompts = [p.tolist() if hasattr(p, "tolist") else p for p in prompts]  # type: ignore[attr-defined]
+    if wrong := [i for i, p in enumerate(prompts) if not is_text(p)]:
+        raise TypeError(
+            f"prompts[{wrong[0]}] is {told(prompts[wrong[0]])}, neither a text nor a list of token ids. One prompt's ids are [ids]; of a "
+            'chat they are tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]'
+        )
     reads = callable(tokenizer) or not any(isinstance(prompt, str) for prompt in prompts)
     if not (reads and hasattr(tokenizer, "decode")):
         said = "None" if tokenizer is None else f"{type(tokenizer).__name__} {tokenizer!r:.60}"
@@ -99,6 +110,7 @@ def started(ids: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
 
 def check_doses(cs: Sequence[float] | Tensor) -> list[float]:
     """Each dose once, in the order given. Raises ValueError when there is none, as Adapter's c where one is no finite number."""
+    check_list("cs", cs, "[-1, -0.5, 0.5, 1]")
     doses = list(dict.fromkeys(check_float(c) + 0.0 for c in cs))  # + 0.0: -0.0 is 0
     if not doses:
         raise ValueError("cs is empty; give the doses to try, e.g. [-1, -0.5, 0.5, 1]")
@@ -111,6 +123,8 @@ def on_model(model: nn.Module, adapter: Adapter, guest: str = "steering_guest") 
 
     The model comes out as it went in: modes, flags, random state.
     """
+    check_model(model)
+    check_adapter(adapter)
     here = adapter if adapter.attached else copy.deepcopy(adapter)
     if here is not adapter:
         here.name = guest
@@ -120,6 +134,7 @@ def on_model(model: nn.Module, adapter: Adapter, guest: str = "steering_guest") 
 
 def write(model: Any, adapter: Adapter, tokenizer: Any, prompts: Sequence[Prompt], cs: Sequence[float], how: Writing) -> list[Sample]:
     """All rows in one `generate` where max_rows allows it: by dose, then prompt, then draw. Inside `on_model`."""
+    check_ids(model, (p.ids for p in prompts), "the prompts")
     asked = [(c, i, draw) for c in cs for i in range(len(prompts)) for draw in range(how.samples)]
     found = []
     with tqdm(total=len(asked) * how.max_new_tokens, desc=f"generate at {len(cs)} c", unit="token", disable=not how.progress) as bar:

@@ -49,6 +49,10 @@ class TaskProjection:
     base: Mapping[str, Any] | None = None
     left_out: Mapping[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        lost = f" and {len(self.left_out)} left out" if self.left_out else ""
+        return f"TaskProjection({self.task_id!r}, coverage {self.coverage:.3g}, {len(self.layers)} layers{lost})"
+
     @property
     def coverage(self) -> float:
         """1 - |error|^2 / |update|^2 over all the adapter's layers: 1 is all of it. In "flat", of the factors; it may be below 0 there."""

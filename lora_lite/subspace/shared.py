@@ -23,7 +23,7 @@ from lora_lite.subspace.bases import restricted
 from lora_lite.subspace.build import Progress, build
 from lora_lite.subspace.coefficients import FEATURE_KINDS
 from lora_lite.subspace.projection import TaskProjection, added, project
-from lora_lite.subspace.source import PathLike, check_id, source_of
+from lora_lite.subspace.source import PathLike, Source, check_id, source_of
 from lora_lite.subspace.state import Layer, Missing, Policy, State
 
 MISSING = get_args(Missing)
@@ -195,7 +195,7 @@ class SharedSubspace:
 
     # -- tasks --------------------------------------------------------------------------------------------------------
 
-    def project(self, adapter: Adapter | PathLike, task_id: str = "projected") -> TaskProjection:
+    def project(self, adapter: Adapter | PathLike | Source, task_id: str = "projected") -> TaskProjection:
         """Where an adapter lies on the bases as they are; changes nothing. `p.coverage` says how much of it they hold. Layers that
         the subspace lacks hold none of it; a warning names them."""
         p = project(self._state, source_of(task_id, adapter), task_id)
@@ -207,7 +207,7 @@ class SharedSubspace:
         with self._writing:
             self._state = added(self._state, projection)
 
-    def absorb(self, adapter: Adapter | PathLike, task_id: str) -> None:
+    def absorb(self, adapter: Adapter | PathLike | Source, task_id: str) -> None:
         """Take in an adapter and the directions it brings. Old tasks are carried into the new bases exactly, and lose at most what
         `error_bound` then says; none of it where k has room. Cost does not depend on how the old adapters came in.
 

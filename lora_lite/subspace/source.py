@@ -88,9 +88,12 @@ def check_id(task: object) -> None:
         raise ValueError(f"task ids are text, got {task!r}")
 
 
-def source_of(task: str, given: Adapter | PathLike) -> Source:
-    """An adapter, a file of ours, or a PEFT folder."""
+def source_of(task: str, given: Adapter | PathLike | Source) -> Source:
+    """An adapter, a file of ours, or a PEFT folder; what `source_of` opened before is not opened again."""
     check_id(task)
+    if isinstance(given, Source):
+        assert given.task == task
+        return given
     if isinstance(given, str | os.PathLike):
         return PeftSource(task, given) if Path(given).is_dir() else FileSource(task, given)
     return AdapterSource(task, given)
