@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -83,12 +84,25 @@ def as_tuple(value: Any, what: str) -> tuple[Any, ...]:
         raise ValueError(f"{what} must be {MEANT[what]}; got {value!r}") from error
 
 
+@functools.lru_cache(2**16)
+def regex(pattern: str) -> re.Pattern[str]:
+    """Compiled once. re itself remembers 512, and an adapter with a rank of its own for every layer has more."""
+    return re.compile(pattern)
+
+
+@functools.lru_cache(2**16)
+def literal(pattern: str) -> str | None:
+    """The one text that a pattern matches, where it is `re.escape` of one."""
+    plain = re.sub(r"\\(.)", r"\1", pattern)
+    return plain if re.escape(plain) == pattern else None
+
+
 def as_patterns(value: str | Sequence[str], what: str) -> tuple[str, ...]:
     """The regexes in `value`, each one compiled once so that a bad one fails here and says where it was given."""
     patterns = (value,) if isinstance(value, str) else tuple(value)
     for pattern in patterns:
         try:
-            re.compile(pattern)
+            regex(pattern)
         except (re.error, TypeError) as error:
             raise ValueError(f"{what} holds {pattern!r}, which is not a regular expression: {error}") from error
     return patterns
@@ -203,7 +217,13 @@ class AdapterConfig:
 
 def match_pattern(table: Mapping[str, T], target: str, default: T) -> T:
     """The first entry whose key matches the end of the module path, from a dot on (PEFT's rule): "q_proj", "layers\\.1\\..*"."""
-    return next((value for key, value in table.items() if re.match(rf"^(.*\.)?({key})$", target)), default)
+    return next((value for key, value in table.items() if ends_in(key, target)), default)
+
+
+def ends_in(pattern: str, name: str) -> bool:
+    if (end := literal(pattern)) is not None:
+        return name == end or name.endswith(f".{end}")
+    return regex(rf"^(.*\.)?({pattern})$").match(name) is not None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "opt": lambda: opt(torch.float64),
     "t5": lambda: t5(torch.float64),
 }
+NORMED_IN_FLOAT32 = 1e-7  # LlamaRMSNorm casts float64 down, where the last bit of a sum moves a number by 6e-8
 
 
 def log_probs(model: Any, start: list[int], text: list[int]) -> torch.Tensor:
@@ -45,7 +46,7 @@ def test_each_text_has_the_likelihood_of_a_run_of_its_own(name: str, max_rows: i
     model = MODELS[name]()
     want = [own_nats(model, start, text) for start, text in zip(STARTS, TEXTS, strict=True)]
     assert len(set(want)) == 4  # a mistaken order would show
-    assert nats(model, STARTS, TEXTS, max_rows) == pytest.approx(want, rel=1e-9)
+    assert nats(model, STARTS, TEXTS, max_rows) == pytest.approx(want, rel=NORMED_IN_FLOAT32 if name == "llama" else 1e-9)
 
 
 @torch.no_grad()

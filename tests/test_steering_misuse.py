@@ -110,7 +110,7 @@ CALLS: dict[str, tuple[Call, str]] = {
     "a coherence of one number": (lambda m, a, t, _: sweep(m, a, t, coherence=len), "coherence 'len' must return one number per text"),
     "floors of a number": (lambda m, a, t, _: calibrate(a, t, floors=0.5), "floors is a mapping .*got float 0.5"),
     "texts of nothing": (lambda m, a, t, _: calibrate(a, t, texts=[None]), "in words; among them is NoneType"),
-    "rounds of a name": (lambda m, a, t, d: rounds(m, t, d, config="lora"), "expected a config such as LoRAConfig"),
+    "rounds of a name": (lambda m, a, t, d: rounds(m, t, d, config="lora"), "expected a config, got .lora.; write LoRAConfig"),
     "rounds in nothing": (lambda m, a, t, d: rounds(m, t, None), "folder is where the state lies, a path; got NoneType"),
     "rounds that tell a list": (lambda m, a, t, d: rounds(m, t, d, after=[]), "after is a function of a Round; got list"),
     "rounds of steps": (lambda m, a, t, d: rounds(m, t, d, training=["steps"]), "training is a mapping of keywords.*; got list"),
