@@ -97,6 +97,17 @@ def literal(pattern: str) -> str | None:
     return plain if re.escape(plain) == pattern else None
 
 
+@functools.lru_cache(2**16)
+def whole(pattern: str) -> str | None:
+    """The one text in which it is found, where it says ^ and $ of a literal one."""
+    return literal(pattern[1:-1]) if pattern[:1] == "^" and pattern[-1:] == "$" else None
+
+
+def found_in(pattern: str, name: str) -> bool:
+    """Whether a regex is found in a full module name. Names in full, of which an adapter may have thousands, are compared."""
+    return name == only if (only := whole(pattern)) is not None else regex(pattern).search(name) is not None
+
+
 def as_patterns(value: str | Sequence[str], what: str) -> tuple[str, ...]:
     """The regexes in `value`, each one compiled once so that a bad one fails here and says where it was given."""
     patterns = (value,) if isinstance(value, str) else tuple(value)
@@ -221,6 +232,7 @@ def match_pattern(table: Mapping[str, T], target: str, default: T) -> T:
 
 
 def ends_in(pattern: str, name: str) -> bool:
+    """Whether a regex matches the end of a module path, from a dot on."""
     if (end := literal(pattern)) is not None:
         return name == end or name.endswith(f".{end}")
     return regex(rf"^(.*\.)?({pattern})$").match(name) is not None
@@ -241,9 +253,12 @@ class RankConfig(AdapterConfig):
         as_patterns(tuple(self.rank_pattern), "rank_pattern")
 
     def at(self, target: str, d_in: int, d_out: int) -> Self:
-        if not self.rank_pattern:
-            return self
-        return dataclasses.replace(self, r=match_pattern(self.rank_pattern, target, self.r), rank_pattern={})
+        own = self.said_of(target)
+        return dataclasses.replace(self, **own) if own else self
+
+    def said_of(self, target: str) -> dict[str, Any]:
+        """What the patterns say of one layer, in place of the patterns."""
+        return {"r": match_pattern(self.rank_pattern, target, self.r), "rank_pattern": {}} if self.rank_pattern else {}
 
     def patterns(self) -> dict[str, Mapping[str, Any]]:
         return {"rank_pattern": self.rank_pattern}
@@ -293,11 +308,9 @@ class RankedConfig(RankDropoutConfig):
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
-    def at(self, target: str, d_in: int, d_out: int) -> Self:
-        own = super().at(target, d_in, d_out)
-        if not self.alpha_pattern:
-            return own
-        return dataclasses.replace(own, alpha=match_pattern(self.alpha_pattern, target, self.alpha), alpha_pattern={})
+    def said_of(self, target: str) -> dict[str, Any]:
+        alpha = {"alpha": match_pattern(self.alpha_pattern, target, self.alpha), "alpha_pattern": {}} if self.alpha_pattern else {}
+        return super().said_of(target) | alpha
 
     def patterns(self) -> dict[str, Mapping[str, Any]]:
         return super().patterns() | {"alpha_pattern": self.alpha_pattern}

@@ -16,7 +16,7 @@ from lora_lite import fitting
 from lora_lite.adapter import Adapter, CValue, Path, check_name, handle_of
 from lora_lite.attachment import Shared, all_hooks, beside, check_layers, fresh_parameter, inner, tied_names, unwrapped
 from lora_lite.base import fingerprint
-from lora_lite.config import AdapterConfig, as_patterns
+from lora_lite.config import AdapterConfig, as_patterns, found_in
 from lora_lite.dial import Coefficient, Setting
 from lora_lite.hooks import Hook
 from lora_lite.initialise import Start, Tensors, check_calibration, start
@@ -204,10 +204,10 @@ def _also(model: nn.Module, patterns: Sequence[str] | str) -> dict[str, Paramete
     ours = {f"{path}.{n}" for path, _, hook in all_hooks(model) for _, n in hook.fields}
     names = {n: p for n, p in model.named_parameters() if n not in ours}
     for pattern in patterns:
-        hits = [n for n in names if re.search(pattern, n)]
+        hits = [n for n in names if found_in(pattern, n)]
         if not hits:
             for name, several in tied_names(model).items():
-                if re.search(pattern, name):
+                if found_in(pattern, name):
                     raise RuntimeError(
                         f"train_also {pattern!r} names {name}, which is tied to {several[0]}: one parameter under two names; "
                         f"train_also={re.escape(several[0])!r} trains both"

@@ -15,7 +15,7 @@ from loguru import logger
 from torch import nn
 
 from lora_lite.base import is_linear, never_called, sizes
-from lora_lite.config import AdapterConfig, check_config, match_pattern
+from lora_lite.config import AdapterConfig, check_config, ends_in, found_in
 
 ALL = "all-linear"
 FEW = 3  # names shown of a long list
@@ -201,11 +201,11 @@ class Search:
     def meant(self, pattern: str, target: Target) -> bool:
         if pattern == ALL:
             return not any(target.module is output for output in self.outputs)
-        return re.search(pattern, target.name) is not None
+        return found_in(pattern, target.name)
 
     def excluded(self, name: str) -> bool:
         """By any of its names: who excludes the decoder does not want a module changed that the encoder shares with it."""
-        return any(re.search(p, n) for p in self.cfg.exclude for n in (name, *self.aliases.get(name, ())))
+        return any(found_in(p, n) for p in self.cfg.exclude for n in (name, *self.aliases.get(name, ())))
 
     def matching(self, pattern: str, among: Iterable[Target]) -> list[Target]:
         return [t for t in among if self.meant(pattern, t)]
@@ -265,7 +265,7 @@ class Search:
 
     def _dead(self, pattern: str) -> str | None:
         """A layer asked for by name that never runs: dropping it would be silent."""
-        hits = [n for n, m in self.modules.items() if never_called(m) and pattern != ALL and re.search(pattern, n) and not self.excluded(n)]
+        hits = [n for n, m in self.modules.items() if never_called(m) and pattern != ALL and found_in(pattern, n) and not self.excluded(n)]
         if not hits:
             return None
         return (
@@ -274,12 +274,12 @@ class Search:
         )
 
     def _alias(self, pattern: str) -> str | None:
-        hits = {name: other for name in self.names for other in self.aliases.get(name, ()) if re.search(pattern, other)}
+        hits = {name: other for name in self.names for other in self.aliases.get(name, ()) if found_in(pattern, other)}
         same = (f"{other}, which is the same module as {name}; use that name" for name, other in hits.items())
         return f"{pattern!r} matches {next(same)}" if hits else None
 
     def _other_modules(self, pattern: str) -> str | None:
-        found = {n: m for n, m in self.modules.items() if n and n not in self.names and re.search(pattern, n)}
+        found = {n: m for n, m in self.modules.items() if n and n not in self.names and found_in(pattern, n)}
         hits = {n: m for n, m in found.items() if n.rpartition(".")[0] not in found}  # the outermost say enough
         if not hits:
             return None
@@ -289,7 +289,7 @@ class Search:
         return f"{pattern!r} matches no linear layer, only {names}; {under}"
 
     def _parameters(self, pattern: str) -> str | None:
-        hits = [f"{n} {tuple(p.shape)}" for n, p in self.model.named_parameters() if re.search(pattern, n)]
+        hits = [f"{n} {tuple(p.shape)}" for n, p in self.model.named_parameters() if found_in(pattern, n)]
         if not hits:
             return None
         return f"{pattern!r} matches no linear layer, only parameters: {_few(hits)}, which no linear holds; {nearest(pattern, self.names)}"
@@ -305,13 +305,13 @@ class Search:
 
     def _idle_keys(self) -> list[str]:
         """Keys of the per-layer tables, and regexes that tell the targets apart, that match no target, by the rule that applies them."""
-        names, marker, found = [t.name for t in self.chosen], object(), []
+        names, found = [t.name for t in self.chosen], []
         for table, entries in self.cfg.patterns().items():
             for key in entries:
-                if all(match_pattern({key: None}, n, marker) is marker for n in names):
+                if not any(ends_in(key, n) for n in names):
                     found.append(f"{table} has {key!r}, which matches the end of no target's path; {nearest(key, names)}")
         for table, patterns in self.cfg.searched().items():
-            idle = [p for p in patterns if not any(re.search(p, n) for n in names)]
+            idle = [p for p in patterns if not any(found_in(p, n) for n in names)]
             found += [f"{table} has {p!r}, which matches no target's name; {nearest(p, names)}" for p in idle]
         return found
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lite.config import as_patterns
+from lora_lite.config import as_patterns, found_in
 from lora_lite.dial import DIALS, Block, Coefficient, Dial, Setting, Varied, current_task
 
 Schedule = Callable[[Tensor], Any]  # positions (B, T), whole numbers from 0 -> c of that shape, or a number
@@ -81,10 +80,10 @@ def by_layer(c: Mapping[str, Coefficient], targets: Iterable[str]) -> ByLayer:
     targets, found = list(targets), ByLayer()
     for target in targets:
         for pattern, value in c.items():
-            if re.search(pattern, target):
+            if found_in(pattern, target):
                 found[target] = value
                 break
-    if idle := [pattern for pattern in c if not any(re.search(pattern, target) for target in targets)]:
+    if idle := [pattern for pattern in c if not any(found_in(pattern, target) for target in targets)]:
         raise ValueError(f"c by layer: {idle} match none of the {len(targets)} targets, which are e.g. {targets[:3]}")
     if left := [target for target in targets if target not in found]:
         raise ValueError(f'c by layer: no entry for {left[:3]} ({len(left)} of {len(targets)} in all); the key "" stands for the rest')

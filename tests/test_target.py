@@ -16,7 +16,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from lora_lite.config import AdapterConfig, RankedConfig
+from lora_lite.config import AdapterConfig, RankedConfig, ends_in, found_in, literal, whole
 from lora_lite.target import Target, Targets, find_targets, is_stack, places
 
 pytestmark = pytest.mark.fast
@@ -524,3 +524,30 @@ def test_linears_of_unknown_role_are_named_when_roles_leave_them_out():
         logger.remove(sink)
         logger.disable("lora_lite")
     assert len(heard) == 1 and "layers.0.mix" in heard[0]
+
+
+PATTERNS = [
+    "q_proj", r"layers\.1\..*", r"layers\.1\.q_proj", r"^model\.layers\.1\.q_proj$", r"^layers\.1\.q_proj$", r"^model\.layers\.1\.q_proj",
+    r"q_proj$", "^", "$", "^$", "", ".", r"\.", "a|q_proj", r"1\.q_proj|b", r"^(?:model\.layers\.1\.q_proj)$", r"\d", "[q]_proj", r"\\",
+    r"layers\.\d+\.q_proj", "q-proj", r"q\-proj", "(?i)Q_PROJ",
+]  # fmt: skip
+MODULES = [
+    "",
+    "q_proj",
+    "model.layers.1.q_proj",
+    "layers.1.q_proj",
+    "model.layers.11.q_proj",
+    "modelXlayers.1.q_proj",
+    "x.q-proj",
+    "my_q_proj",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_names_that_are_compared_are_those_a_regex_would_match(pattern: str) -> None:
+    """Literal patterns are not run as regexes: an adapter may hold one for each of a thousand layers."""
+    for name in MODULES:
+        assert found_in(pattern, name) == bool(re.search(pattern, name)), name
+        if not pattern.startswith("(?i)"):  # which may stand at the start only
+            assert ends_in(pattern, name) == bool(re.match(rf"^(.*\.)?({pattern})$", name)), name
+    assert any(literal(p) is not None for p in PATTERNS) and any(whole(p) is not None for p in PATTERNS)

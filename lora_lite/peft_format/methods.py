@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lora_lite.checkpoint import strip_prefixes
+from lora_lite.config import found_in
 from lora_lite.peft_format import numbers
 from lora_lite.peft_format.matching import ends
 from lora_lite.peft_format.numbers import At, Convert, Fields, Found, Said, scaled
@@ -146,7 +147,7 @@ def gating_inputs(config: Any, found: Found) -> Any:
     inputs = [name for name in layers if feeds_forward(found.config, strip_prefixes(name))]
     short = [rf"^(?:{modules})$"] if isinstance(modules, str) else [rf"{re.escape(end)}$" for end in modules]
     with suppress(re.error):  # "(?i)" may stand at the start of a regex only
-        known = dataclasses.replace(config, feedforward=[p for p in short if any(re.search(p, name) for name in layers)])
+        known = dataclasses.replace(config, feedforward=[p for p in short if any(found_in(p, name) for name in layers)])
         if [name for name in layers if known.gates_input(name)] == inputs:
             return known
     return dataclasses.replace(config, feedforward=[rf"^{re.escape(name)}$" for name in inputs])

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from lora_lite.config import AdapterConfig, as_patterns, as_tuple
+from lora_lite.config import AdapterConfig, as_patterns, as_tuple, found_in
 from lora_lite.variant import Base, Params, ParamSpec, Variant, register
 
 EVERY = ("",)  # the pattern that every name matches
@@ -38,7 +38,7 @@ class IA3Config(AdapterConfig):
         object.__setattr__(self, "feedforward", as_patterns(given, "feedforward"))
 
     def gates_input(self, target: str) -> bool:
-        return any(re.search(pattern, target) for pattern in self.feedforward)
+        return any(found_in(pattern, target) for pattern in self.feedforward)
 
     def at(self, target: str, d_in: int, d_out: int) -> Self:
         return dataclasses.replace(self, feedforward=EVERY if self.gates_input(target) else ()) if self.feedforward else self
