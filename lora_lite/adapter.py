@@ -143,6 +143,28 @@ class Adapter:
         own = {f"{t}.{f}": p.detach() for t, fields in self.tensors().items() for f, p in fields.items()}
         return own | {name: p.detach() for name, p in self.also().items()}
 
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> Adapter:
+        """The inverse of `state_dict`, in place: an optimizer goes on. `adapter.load_state_dict(torch.load("run.pt")["adapter"])`
+
+        All, or nothing: raises CheckpointError naming what is missing, unexpected, of another shape or not finite.
+        """
+        self._refuse_merged("load into it")
+        if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise TypeError(f"load_state_dict takes names and tensors, as state_dict() gives them; got {type(state).__name__}")
+        own = self.state_dict()
+        problems = [
+            *checkpoint.problem("missing", [n for n in own if n not in state]),
+            *checkpoint.problem("unexpected", [n for n in state if n not in own]),
+            *checkpoint.problem("of another shape", [n for n, v in state.items() if n in own and v.shape != own[n].shape]),
+            *checkpoint.problem("holding NaN or infinity", checkpoint.non_finite(state)),
+        ]
+        if problems:
+            raise checkpoint.CheckpointError(f"nothing loaded into adapter {self.name!r}: {'; '.join(problems)}")
+        for name, p in own.items():
+            p.copy_(state[name])
+        self.calibrated = {}
+        return self
+
     def factors(self, c: float = 1.0) -> dict[str, LowRank]:
         """The exact weight update at c, by target. Raises TypeError naming the variant where it is not a low-rank sum."""
         if self.variant.form != "low-rank":

@@ -156,15 +156,20 @@ def start() -> tuple[nn.Module, ll.Adapter, torch.optim.Optimizer]:
 
 
 @pytest.mark.fast
+@pytest.mark.parametrize("by", ["a file", "a state_dict"])
 @pytest.mark.parametrize("at", [3, 10, 14, 16])
-def test_a_run_resumed_from_a_file_goes_on_bit_for_bit(at: int, tmp_path: Path) -> None:
+def test_a_run_resumed_goes_on_bit_for_bit(at: int, by: str, tmp_path: Path) -> None:
     model, adapter, optimizer = start()
     trained(model, adapter, optimizer, range(1, at + 1))
     adapter.save(tmp_path / "half.safetensors")
+    torch.save(adapter.state_dict(), tmp_path / "half.pt")
     moments = copy.deepcopy(optimizer.state_dict())
     trained(model, adapter, optimizer, range(at + 1, 21))
     other = mlp()
-    loaded = ll.load(other, tmp_path / "half.safetensors")
+    if by == "a file":
+        loaded = ll.load(other, tmp_path / "half.safetensors")
+    else:
+        loaded = ll.attach(other, SMALL, seed=1).load_state_dict(torch.load(tmp_path / "half.pt"))
     resumed = torch.optim.AdamW(loaded.parameters(), lr=0.02)
     resumed.load_state_dict(moments)
     trained(other, loaded, resumed, range(at + 1, 21))

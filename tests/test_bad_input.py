@@ -287,6 +287,8 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
         TypeError,
         r"expected paths, got 1 Adapters; SharedSubspace\.from_adapters\(",
     ),
+    "a path as a state_dict": (lambda m, d: of_one(m).load_state_dict(d / "good"), TypeError, "takes names and tensors.*got Posix"),  # type: ignore[arg-type]
+    "numbers as a state_dict": (lambda m, _: of_one(m).load_state_dict({"a": 1.0}), TypeError, "takes names and tensors"),  # type: ignore[dict-item]
     "a stack's arguments swapped": (lambda m, _: enter(ll.stack([(detached(), 1.0)], m)), TypeError, "the model comes first.*got list"),  # type: ignore[arg-type]
     "block_shifts' arguments swapped": (lambda m, _: ll.block_shifts(of_one(m), m, [X]), TypeError, "the model comes first.*got Adapter"),  # type: ignore[arg-type]
     "find_targets without a model": (lambda m, _: ll.find_targets("x", LORA), TypeError, "the model comes first"),
@@ -340,6 +342,7 @@ MISTYPED = {
     "attach of a config's class", "attach of a variant's class", "attach of a variant's name", "attach of a path",
     "find_targets of a config's class", "find_targets of a variant's name", "find_targets of an adapter",
     "load of an adapter", "load of nothing", "read of a model", "load into it of a model", "save of a model", "from_peft of an adapter",
+    "a path as a state_dict", "numbers as a state_dict",
     "a subspace's file of adapters", "a stream of adapters", "a stack's arguments swapped", "block_shifts' arguments swapped",
     "seed = 'a'", "seed = 1.5", "shared = a path", "a subspace to a dtype's name",
 }  # fmt: skip

@@ -606,6 +606,29 @@ def test_state_dicts_with_two_adapters_are_strict_and_may_replace_the_parameters
     assert same_bits(other(X), plain(X)) and list(other.state_dict()) == list(plain.state_dict())
 
 
+def test_a_state_dict_is_loaded_in_place_and_whole_or_not_at_all() -> None:
+    model = mlp()
+    adapter = randomise(ll.attach(model, ll.LoRAConfig(r=2), train_also=(r"layers\.0\.down\.bias",)))
+    objects = list(adapter.parameters())
+    saved = {n: v.clone() for n, v in adapter.state_dict().items()}
+    want = model(X)
+    randomise(adapter, seed=7)
+    moved = {n: v.clone() for n, v in adapter.state_dict().items()}
+    name, other = next(iter(saved)), next(reversed(saved))
+    wrong: dict[str, tuple[Any, str]] = {
+        "missing": ({n: v for n, v in saved.items() if n != name}, f"1 key missing: {name}"),
+        "unexpected": (saved | {"x.lora_A": torch.ones(1)}, r"1 key unexpected: x\.lora_A"),
+        "of another shape": (saved | {name: torch.ones(1)}, f"1 key of another shape: {name}"),
+        "NaN": (saved | {other: saved[other] * float("nan")}, f"1 key holding NaN or infinity: {other}"),
+    }
+    for state, said in wrong.values():
+        with pytest.raises(ll.CheckpointError, match=f"nothing loaded into adapter 'default': {said}"):
+            adapter.load_state_dict(state)
+    assert all(same_bits(v, moved[n]) for n, v in adapter.state_dict().items())
+    assert adapter.load_state_dict(saved) is adapter and same_bits(model(X), want)
+    assert all(a is b for a, b in zip(objects, adapter.parameters(), strict=True))
+
+
 def test_to_keeps_the_objects_and_the_meta_device_is_survived() -> None:
     model = mlp()
     adapter = randomise(attach(model, LORA, train_also=BIAS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import lru_cache
@@ -379,6 +380,46 @@ def test_an_ia3_folder_of_both_kinds_is_two_adapters_where_its_parts_are_asked_f
     assert same_bits(logits(whole), logits(model))
     with pytest.raises(ll.CheckpointError, match="no part 'lora'"):
         ll.from_peft(fresh(), tmp_path, part="lora")
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
+class Nested(Inner):
+    """A layer whose name ends another's: PEFT takes "fc" for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.a = Inner(), nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a[0](self.head(self.fc(x).tanh()).tanh())
+
+
+def nested() -> Nested:
+    torch.manual_seed(0)
+    return Nested()
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "hra_gs", "oft", "road_1", "hira", "adalora"])
+@pytest.mark.parametrize("targets", ["^fc$", ("^fc$", r"a\.0")])
+def test_a_name_that_ends_anothers_means_one_layer(name: str, targets: Any, tmp_path: Path) -> None:
+    model, x = nested(), torch.randn(3, 8, generator=generator(0))
+    config = dataclasses.replace(CASES[name].config, targets=targets)
+    adapter = randomise(ll.attach(model, config), std=0.1)
+    ll.to_peft(adapter, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["target_modules"] == "|".join(map(re.escape, adapter.targets))
+    want = model(x)
+    assert_close(PeftModel.from_pretrained(nested(), tmp_path).eval()(x), want, "PEFT", EQUAL)
+    back = nested()
+    assert ll.from_peft(back, tmp_path).targets == adapter.targets
+    assert same_bits(back(x), want)
 
 
 def test_a_feed_forward_layer_whose_name_ends_anothers_is_refused(tmp_path: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from loguru import logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.attachment import tied_names
@@ -65,6 +66,7 @@ def to_peft(
     written = {a: plain(a, dose, approximate, r, why) if as_lora or why else native(a, dose) for a, why in reasons.items()}
     content = functools.reduce(joined, [whole(a, w) for a, w in written.items()])
     check_endings(content.config)
+    content.config["target_modules"] = meaning_only(content.config["target_modules"], several[0].model)
     write_folder(folder, content)
     for a, w in written.items():
         if (why := reasons[a]) and not as_lora:
@@ -115,6 +117,19 @@ def check_endings(config: Mapping[str, Any]) -> None:
     inputs = config.get("feedforward_modules") or []
     if taken := [t for t in config["target_modules"] if t not in inputs and t.endswith(tuple(inputs))]:
         raise ValueError(f"PEFT would gate the inputs of {listed(taken)} too, whose names end as one of {listed(inputs)} does")
+
+
+def meaning_only(names: list[str], model: nn.Module | None) -> list[str] | str:
+    """The names; or a regex where PEFT, which lets a name end a longer one, would take more modules of the model for meant."""
+    own = set(names)
+    others = [n for n in map(strip_prefixes, dict(model.named_modules() if model is not None else ())) if n not in own]
+    return "|".join(map(re.escape, names)) if any(end in own for n in others for end in endings(n)) else names
+
+
+def endings(name: str) -> list[str]:
+    """Each end of a module path from a dot on: "a.b.c" -> ["b.c", "c"]."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts))]
 
 
 def checked(c: Any) -> float:
