@@ -98,9 +98,12 @@ def at_depth(config: Config, name: str) -> bool:
 
 def placed(config: AdapterConfig, theirs: Config, model: nn.Module, names: Sequence[str]) -> AdapterConfig:
     """The config with `targets` that mean exactly these layers: PEFT's own words where ours can say them, else every name."""
-    wanted = theirs.get("layers_to_transform")
+    wanted, modules = theirs.get("layers_to_transform"), theirs["target_modules"]
+    in_full = dataclasses.replace(config, targets=tuple(f"^{re.escape(n)}$" for n in names), exclude=())
+    if not isinstance(modules, str) and len(modules) > len(names):  # some of them mean no layer, which is an error here
+        return in_full
     short = {
-        "targets": patterns(theirs.get("target_modules")),
+        "targets": patterns(modules),
         "exclude": patterns(theirs.get("exclude_modules") or ()),
         "layers": [wanted] if isinstance(wanted, int) else wanted or None,
     }
@@ -110,7 +113,7 @@ def placed(config: AdapterConfig, theirs: Config, model: nn.Module, names: Seque
             return found
     except (ValueError, TypeError, RuntimeError):
         pass  # the config is for a part of the layers, or says more than ours can; names always can
-    return dataclasses.replace(config, targets=tuple(f"^{re.escape(n)}$" for n in names), exclude=())
+    return in_full
 
 
 def patterns(theirs: Any) -> str | tuple[str, ...]:
