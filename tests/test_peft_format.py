@@ -88,6 +88,8 @@ LOW_RANK = {
     "vera": CASES["vera"].config,
     "hra": CASES["hra"].config,
     "hra_gs": CASES["hra_gs"].config,
+    "antipasto": ll.AntiPaSTOConfig(r=4, rotate="U", targets=TARGETS),
+    "ssvd": ll.SSVDConfig(r=4, targets=TARGETS),
 }
 
 
@@ -168,6 +170,16 @@ def test_a_detached_adapter_needs_no_model(tmp_path: Path) -> None:
     adapter.detach()
     ll.to_peft(adapter, tmp_path)
     assert_close(in_peft(tmp_path), want, "PEFT's logits", EQUAL)
+
+
+@pytest.mark.parametrize("name", [n for n, config in LOW_RANK.items() if not n.startswith("hra")])
+def test_a_low_rank_form_needs_no_model(name: str, tmp_path: Path) -> None:
+    _, adapter = made(LOW_RANK[name])
+    ll.to_peft(adapter, tmp_path / "attached", c=-0.7, as_lora=True)
+    adapter.detach()
+    ll.to_peft(adapter, tmp_path / "detached", c=-0.7, as_lora=True)
+    attached, detached = (load_file(tmp_path / at / TENSORS) for at in ("attached", "detached"))
+    assert attached.keys() == detached.keys() and all(same_bits(detached[k], v) for k, v in attached.items())
 
 
 def test_what_needs_the_weight_says_so(tmp_path: Path) -> None:
