@@ -138,7 +138,7 @@ def native(adapter: Adapter, c: float) -> Written:
         for name, part in told.items():
             said.setdefault(name, {}).update(part)
         tensors |= {f"{FRONT}{strip_prefixes(t)}.{end}": p[field] for field, end in method.keys.items()}
-    own = adapter.config.renamed({t: strip_prefixes(t) for t in ats})
+    own = method.said(adapter.config.renamed({t: strip_prefixes(t) for t in ats}), ats)
     config = {o.theirs: o.write(getattr(own, o.ours)) for o in method.options}
     if method.peft_type == "IA3":
         config["feedforward_modules"] = [strip_prefixes(t) for t, at in ats.items() if at.cfg.feedforward]
@@ -158,9 +158,9 @@ def unsayable(adapter: Adapter, c: float) -> str | None:
         return f"{method.peft_type} cannot say c={c}"
     if wrong := [k for k, v in method.fixed.items() if getattr(config, k) != v]:
         return f"{method.peft_type} cannot say {wrong[0]}={getattr(config, wrong[0])!r}"
-    if reason := method.unsaid(config):
-        return f"{method.peft_type} cannot say {reason}"
     ats = places_of(adapter)
+    if reason := method.unsaid(config, ats):
+        return f"{method.peft_type} cannot say {reason}"
     if flat := [t for t, at in ats.items() if at.layer is not None and transposed(at.layer) and "fan_in_fan_out" not in method.says]:
         return f"{method.peft_type} has no Conv1D, which {listed(flat)} are"
     for name in method.alike:
