@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -11,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -643,6 +645,22 @@ def test_other_rotations_are_refused(changes: dict[str, Any], words: str, tmp_pa
         ll.from_peft(fresh(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("lora", "r"), ("lora", "lora_alpha"), ("oft", "use_cayley_neumann"), ("road", "group_size"), ("delora", "delora_lambda")],
+)
+def test_null_is_no_default(name: str, field: str, tmp_path: Path) -> None:
+    """PEFT fails on these, or (use_cayley_neumann) takes null for no."""
+    want = trained(THEIRS[name](), tmp_path)
+    edit(tmp_path, **{field: None})
+    model = fresh()
+    with pytest.raises(ll.CheckpointError, match=f"its {field} is null, "):
+        ll.from_peft(model, tmp_path)
+    assert same_bits(logits(model), logits(base()))
+    with contextlib.suppress(TypeError, ValueError):
+        assert_differs(in_peft(tmp_path), want, "what PEFT makes of it")
+
+
 @pytest.mark.parametrize("kind", ["bat", "mini"])
 def test_other_blocks_are_refused(kind: str, tmp_path: Path) -> None:
     trained(THEIRS["miss"](), tmp_path)
@@ -819,10 +837,27 @@ def test_a_row_that_vanishes_at_c_is_refused(tmp_path: Path) -> None:
         ll.to_peft(adapter, tmp_path / "y", c=-1.0)
 
 
-@pytest.mark.parametrize("r", [0, -1, True])
+@pytest.mark.parametrize("r", [0, -1, True, np.int64(0)])
 def test_a_rank_is_positive(r: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="r must be a positive whole number"):
         ll.to_peft(made(CASES["lora"].config)[1], tmp_path / "x", as_lora=True, r=r)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    ll.to_peft(made(CASES["lora"].config)[1], tmp_path, np.float64(0.5), as_lora=True, r=np.int64(8))
+    assert json.loads((tmp_path / CONFIG).read_text())["r"] == 8
+
+
+def test_what_is_no_adapter_is_refused_in_words(tmp_path: Path) -> None:
+    to_peft: Any = getattr(ll.to_peft, "__wrapped__", ll.to_peft)  # the tests' type checks would refuse them first
+    model, adapter = made(CASES["lora"].config)
+    for given, words in (
+        (model, r"got LlamaForCausalLM; .* ll.adapters\(model\)"),
+        ("a", "got str"),
+        ([adapter, 3], "got int"),
+    ):
+        with pytest.raises(TypeError, match=rf"writes an Adapter, {words}"):
+            to_peft(given, tmp_path / "x")
 
 
 @pytest.mark.parametrize("c", [float("nan"), float("inf"), True, torch.tensor([1.0, 2.0]), "1"])

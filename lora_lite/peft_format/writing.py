@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from loguru import logger
-from torch import Tensor
+from torch import Tensor, nn
 
 from lora_lite.adapter import Adapter
 from lora_lite.attachment import tied_names
@@ -39,7 +40,7 @@ def to_peft(
     *,
     as_lora: bool = False,
     approximate: bool = False,
-    r: int | None = None,
+    r: SupportsIndex | None = None,
 ) -> dict[str, float]:
     """Write a folder that PEFT loads, doing at its full strength what the adapter does at c. `ll.to_peft(adapter, "folder")`.
 
@@ -52,12 +53,7 @@ def to_peft(
     (PiSSA's differences, HRA at c = 0.5) is written as that. A folder that exists keeps its other files. Raises ValueError naming
     what the method cannot say, RuntimeError where the base weight is needed and the adapter is not attached.
     """
-    dose = checked(c)
-    if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
-        raise ValueError(f"r must be a positive whole number, got {r!r}")
-    several = [adapter] if isinstance(adapter, Adapter) else list(adapter)
-    if wrong := [a for a in several if not isinstance(a, Adapter)]:
-        raise TypeError(f"to_peft(adapter, folder) writes an Adapter, got {type(wrong[0]).__name__} {wrong[0]!r}")
+    several, dose, r = given(adapter), checked(c), None if r is None else checked_rank(r)
     check_halves(several, as_lora)
     reasons = {a: unsayable(a, dose) for a in several}
     if r is not None and not as_lora and not all(reasons.values()):
@@ -115,6 +111,22 @@ def check_endings(config: Mapping[str, Any]) -> None:
     inputs = config.get("feedforward_modules") or []
     if taken := [t for t in config["target_modules"] if t not in inputs and t.endswith(tuple(inputs))]:
         raise ValueError(f"PEFT would gate the inputs of {listed(taken)} too, whose names end as one of {listed(inputs)} does")
+
+
+def given(adapter: Any) -> list[Adapter]:
+    """Raises TypeError for what is no adapter, or holds something else."""
+    several: list[Any] = list(adapter) if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [adapter]
+    if wrong := [a for a in several if not isinstance(a, Adapter)]:
+        on_it = "; the adapters on a model are in ll.adapters(model)" if isinstance(wrong[0], nn.Module) else ""
+        raise TypeError(f"to_peft(adapter, folder) writes an Adapter, got {type(wrong[0]).__name__}{on_it}")
+    return several
+
+
+def checked_rank(r: SupportsIndex) -> int:
+    """Raises ValueError for what is no positive whole number; numpy's are as good."""
+    if isinstance(r, bool) or not hasattr(r, "__index__") or operator.index(r) < 1:
+        raise ValueError(f"r must be a positive whole number, got {r!r}")
+    return operator.index(r)
 
 
 def checked(c: Any) -> float:
