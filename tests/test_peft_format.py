@@ -800,6 +800,14 @@ def test_ofts_module_dropout_drops_nothing_in_peft(tmp_path: Path) -> None:
     assert same_bits(logits(there.train()), still) and same_bits(logits(there), still)
 
 
+@pytest.mark.parametrize("name", ["lora", "ia3_both", "hra", "oft", "delora", "hira", "miss", "vera"])
+def test_an_adapter_of_sixteen_bits_is_the_same_there(name: str, tmp_path: Path) -> None:
+    """PEFT makes float32 of its tensors: what is computed of them here must not be rounded to 16 bits on the way."""
+    model, adapter = made(dataclasses.replace(CASES[name].config, dtype=torch.bfloat16))
+    ll.to_peft(adapter, tmp_path)
+    assert_close(in_peft(tmp_path), logits(model), "PEFT's logits", EQUAL)
+
+
 def test_two_terms_are_pefts_in_float64(tmp_path: Path) -> None:
     config = peft.OFTConfig(oft_block_size=8, r=0, target_modules=NAMES, num_cayley_neumann_terms=2)
     there = get_peft_model(fresh().double(), config, autocast_adapter_dtype=False).double()
