@@ -166,18 +166,21 @@ class Adapter:
         return self
 
     def factors(self, c: float = 1.0) -> dict[str, LowRank]:
-        """The exact weight update at c, by target. Raises TypeError naming the variant where it is not a low-rank sum."""
-        if self.variant.form != "low-rank":
+        """The exact weight update at c, by target. Raises TypeError naming the variant where its tensors alone give no low-rank sum."""
+        if self.variant.form != "low-rank" and self.variant.exact_low_rank != "by itself":
             raise TypeError(
                 f"variant {self.variant.name!r} (form {self.variant.form!r}) has no low-rank factors; adapter.merged(c) has its effect"
             )
-        tensors = self.tensors()
-        return {t: self._update(t, tensors[t]).scaled(check_float(c)) for t in self.targets}
+        tensors, c = self.tensors(), check_float(c)
+        return {t: self._update(t, tensors[t], c) for t in self.targets}
 
-    def _update(self, target: str, p: Params) -> LowRank:
+    def _update(self, target: str, p: Params, c: float) -> LowRank:
         size = self._sizes[target]
+        cfg, base = self.config.at(target, *size), Base(*size)
         with merge.precisely(next(iter(p.values()))):
-            return self.variant.factors(self.config.at(target, *size), p, Base(*size))
+            if self.variant.form == "low-rank":
+                return self.variant.factors(cfg, p, base).scaled(c)
+            return self.variant.low_rank_at(cfg, p, base, c)
 
     def __repr__(self) -> str:
         c = self._dial.setting().c

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor
 
 from lora_lite.checkpoint import (
@@ -41,6 +42,7 @@ from lora_lite.checkpoint import (
 from lora_lite.config import AdapterConfig
 from lora_lite.variants.lora import LoRAConfig
 from lora_lite.variants.pissa import PiSSAConfig
+from lora_lite.variants.spectrum import SCORES
 
 SAID = ("r", "alpha", "targets", "layer_range", "kind", "selection_score", "cfg")
 FIELDS = {"A": "lora_A", "B": "lora_B"}
@@ -90,6 +92,11 @@ def from_lora(metadata: Mapping[str, str], flat: dict[str, Tensor]) -> tuple[Ada
 
 def from_pissa(metadata: Mapping[str, str], flat: dict[str, Tensor]) -> tuple[AdapterConfig, dict[str, dict[str, Tensor]]]:
     score: Any = metadata.get("selection_score", "s_only")
+    if score not in SCORES:
+        logger.info(
+            "selection_score={} is none of {}; its directions are in the file, and it is read as s_only", shown(repr(score)), SCORES
+        )
+        score = "s_only"
     tensors = grouped(flat, SPECTRUM)
     for fields in tensors.values():
         fields.pop("S", None)  # the base's own singular values: what was taken out of W there and is still in it here

@@ -123,7 +123,7 @@ class Variant:
     paper         arXiv id
     parameters    how many numbers train per layer, as a formula in d_in, d_out and the config's fields
     narrows       form "low-rank": whether `narrowed` says the same for less time or memory than the products with `factors`
-    exact_low_rank  for other forms than "low-rank": whether `low_rank_given_weight` says the same exactly
+    exact_low_rank  for other forms than "low-rank": whether `low_rank_at` says the same exactly, "given weight" or "by itself"
     """
 
     name: ClassVar[str]
@@ -143,7 +143,7 @@ class Variant:
     why_not: ClassVar[Mapping[str, str]] = {}
     parameters: ClassVar[str] = ""
     narrows: ClassVar[bool] = False
-    exact_low_rank: ClassVar[Literal["no", "given weight"]] = "no"
+    exact_low_rank: ClassVar[Literal["no", "given weight", "by itself"]] = "no"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: Any) -> dict[str, ParamSpec]:
@@ -203,8 +203,8 @@ class Variant:
         raise NotImplementedError
 
     @classmethod
-    def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base, c: float = 1.0) -> LowRank:
-        """exact_low_rank "given weight": the update at c as a low-rank sum, with `base.weight` given."""
+    def low_rank_at(cls, cfg: Any, p: Params, base: Base, c: float = 1.0) -> LowRank:
+        """exact_low_rank: the update at c as a low-rank sum; "given weight" with `base.weight` given, "by itself" without."""
         raise NotImplementedError
 
     @staticmethod

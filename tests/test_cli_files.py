@@ -198,11 +198,19 @@ def test_info_of_what_is_no_checkpoint_is_one_line(word: str, said: str, run: An
 
 
 @pytest.mark.parametrize(
-    "config", [ll.LoRAConfig(r=4, targets=TARGETS), ll.PiSSAConfig(r=4, targets=TARGETS), ll.VeRAConfig(r=4, targets=TARGETS)]
+    ("config", "dose"),
+    [
+        (ll.LoRAConfig(r=4, targets=TARGETS), ["-c", "-0.7"]),
+        (ll.PiSSAConfig(r=4, targets=TARGETS), ["-c=-0.7"]),
+        (ll.VeRAConfig(r=4, targets=TARGETS), ["-c-0.7"]),
+        (ll.AntiPaSTOConfig(r=4, targets=TARGETS), ["-c=-0.7"]),
+        (ll.SSVDConfig(r=4, targets=TARGETS), ["-c", "-0.7"]),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else v.variant,
 )
-def test_a_file_becomes_one_plain_lora_without_a_model(config: ll.AdapterConfig, run: Any, tmp_path: Path) -> None:
+def test_a_file_becomes_one_plain_lora_without_a_model(config: ll.AdapterConfig, dose: list[str], run: Any, tmp_path: Path) -> None:
     model, adapter = saved(tmp_path / "a.safetensors", config)
-    status, out, err = run("convert", "a.safetensors", "folder", "--as-lora", "-c", "-0.7", "--json")
+    status, out, err = run("convert", "a.safetensors", "folder", "--as-lora", *dose, "--json")
     assert status == 0, err
     found = json.loads(out)
     assert found["c"] == -0.7 and found["layers"] == len(adapter.targets) and set(found["relative_error"].values()) == {0.0}

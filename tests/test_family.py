@@ -61,7 +61,7 @@ def test_reflections_keep_lengths_and_have_an_exact_low_rank_form(config: ll.Ada
     model = single(12, 14, F64)
     randomise(attach(model, Row(config), dtype=F64), std=0.4)
     variant: Any = ll.REGISTRY[config.variant]
-    update = variant.low_rank_given_weight(config, tensors_at(model, "linear"), Base(12, 14, W))
+    update = variant.low_rank_at(config, tensors_at(model, "linear"), Base(12, 14, W))
     assert variant.exact_low_rank == "given weight" and update.r == 6
     assert_close(W + update.dense(), turned, "W + B A")
 
@@ -129,12 +129,16 @@ def test_the_two_cayley_forms_turn_the_same_way_and_part_at_the_truncated_power(
     assert 13 < gaps[0] / gaps[1] < 19
 
 
-@pytest.mark.parametrize("cayley", ["exact", "neumann"])
-def test_one_c_for_all_and_the_same_c_per_row_are_one_method(cayley: Any) -> None:
+@pytest.mark.parametrize(
+    "config", [ll.OFTConfig(block_size=6)] + [ll.OFTConfig(block_size=6, cayley="neumann", terms=n) for n in (2, 3, 5, 6)]
+)
+def test_one_c_for_all_and_the_same_c_per_row_are_one_method(config: ll.OFTConfig) -> None:
     """Two roads of the code: a matrix per block, and none at all."""
     model, x = single(12, 14, F64), normal(3, 5, 12, dtype=F64)
-    adapter = randomise(attach(model, Row(ll.OFTConfig(block_size=6, cayley=cayley)), dtype=F64), std=0.4)
+    adapter = randomise(attach(model, Row(config), dtype=F64), std=0.4)
     (p,) = adapter.parameters()
+    with adapter(model, c=0.7):
+        assert_close(model(x), reference(model.linear.weight, model.linear.bias, tensors_at(model, "linear"), config, x, 0.7))
     outputs = []
     for c in (0.7, torch.full((3,), 0.7, dtype=F64), torch.full((3, 5), 0.7, dtype=F64)):
         seen = x.clone().requires_grad_()
@@ -434,7 +438,7 @@ BAD: list[tuple[type[ll.AdapterConfig], dict[str, Any], str]] = [
     (ll.ROADConfig, {"group_size": 7}, "even"),
     (ll.OFTConfig, {"cayley": "taylor"}, "neumann"),
     (ll.OFTConfig, {"block_size": 1}, "block_size must be a whole number from 2"),
-    (ll.OFTConfig, {"terms": 2}, "terms"),
+    (ll.OFTConfig, {"terms": 1}, "terms"),
     (ll.DeLoRAConfig, {"init": "random"}, "paper"),
     (ll.DeLoRAConfig, {"strength": math.nan}, "strength"),
     (ll.LoRAXSConfig, {"std": -1.0}, "std"),

@@ -344,6 +344,17 @@ def test_a_loss_that_moves_nothing_is_refused() -> None:
 
 
 @pytest.mark.fast
+def test_where_torch_records_no_gradients_that_is_said() -> None:
+    labelled = BATCH | {"labels": BATCH["input_ids"]}
+    model = llama()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inside torch.inference_mode\(\) torch records none: attach outside"):
+        ll.attach(model, ll.LoRAGAConfig(r=2), calibration_data=[labelled])
+    assert not ll.adapters(model)
+    with torch.no_grad():
+        ll.attach(model, ll.LoRAGAConfig(r=2), calibration_data=[labelled])
+
+
+@pytest.mark.fast
 def test_a_loss_of_the_model_s_own_does() -> None:
     labelled = BATCH | {"labels": BATCH["input_ids"]}
     assert ll.attach(llama(), ll.LoRAGAConfig(r=2), calibration_data=[labelled]).diagnostics["gradient_kept"] > 0.3

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from loguru import logger
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -82,6 +84,23 @@ def test_the_header_becomes_a_config(tmp_path: Path) -> None:
     pissa_file(tmp_path / "b")
     config: Any = ll.load(base(), tmp_path / "b").config
     assert (config.train, config.selection_score, config.r) == ("spectrum", "cho_rej_min_std", 4)
+
+
+def test_a_score_we_do_not_have_says_only_how_the_directions_were_chosen(tmp_path: Path) -> None:
+    updates = pissa_file(tmp_path / "old")
+    with safe_open(tmp_path / "old", "pt") as file:
+        said = file.metadata()
+    save_file(load_file(tmp_path / "old"), tmp_path / "old", {**said, "selection_score": "cho_rej_f_ratio"})
+    model = base()
+    lines: list[str] = []
+    logger.enable("lora_lite")
+    handler = logger.add(lines.append, level="INFO", format="{message}")  # type: ignore[arg-type]
+    try:
+        adapter: Any = ll.load(model, tmp_path / "old")
+    finally:
+        logger.remove(handler)
+    assert adapter.config.selection_score == "s_only" and any("'cho_rej_f_ratio' is none of" in line for line in lines)
+    assert_close(model(X), there(base(), X, updates), "outputs")
 
 
 def test_sixteen_bits_become_thirty_two(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -12,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -24,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import lora_lite as ll
 from lora_lite.peft_format import folder as folder_module
 from lora_lite.peft_format import methods
+from lora_lite.peft_format.numbers import At, oft_asked
 from tests.models import Row as ModelRow
 from tests.models import attach, bert, generator, llama, randomise, token_ids
 from tests.references import assert_close, assert_differs, same_bits
@@ -32,6 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Invalid `(oft_block_size|r)`:UserWarning"),
 ]
 
 EQUAL = 1e-6  # of the largest logit, in float32
@@ -68,6 +72,8 @@ CASES = {
     "hra_gs": Case(ll.HRAGSConfig(r=4, targets=TARGETS), folds=False),
     "oft": Case(ll.OFTConfig(block_size=8, targets=TARGETS)),
     "oft_neumann": Case(ll.OFTConfig(block_size=8, cayley="neumann", targets=TARGETS)),
+    "oft_two_terms": Case(ll.OFTConfig(block_size=8, cayley="neumann", terms=2, targets=TARGETS)),
+    "oft_clamped": Case(ll.OFTConfig(block_size=40, targets=TARGETS)),  # 32 on 64 inputs
     "road_1": Case(ll.ROADConfig(group_size=8, targets=TARGETS)),
     "road_4": Case(ll.ROADConfig(kind="road_4", group_size=8, targets=TARGETS)),
     "delora": Case(ll.DeLoRAConfig(r=4, init="zeros", targets=TARGETS, rank_pattern={"k_proj": 3})),
@@ -89,6 +95,8 @@ LOW_RANK = {
     "vera": CASES["vera"].config,
     "hra": CASES["hra"].config,
     "hra_gs": CASES["hra_gs"].config,
+    "antipasto": ll.AntiPaSTOConfig(r=4, rotate="U", targets=TARGETS),
+    "ssvd": ll.SSVDConfig(r=4, targets=TARGETS),
 }
 
 
@@ -171,6 +179,16 @@ def test_a_detached_adapter_needs_no_model(tmp_path: Path) -> None:
     assert_close(in_peft(tmp_path), want, "PEFT's logits", EQUAL)
 
 
+@pytest.mark.parametrize("name", [n for n, config in LOW_RANK.items() if not n.startswith("hra")])
+def test_a_low_rank_form_needs_no_model(name: str, tmp_path: Path) -> None:
+    _, adapter = made(LOW_RANK[name])
+    ll.to_peft(adapter, tmp_path / "attached", c=-0.7, as_lora=True)
+    adapter.detach()
+    ll.to_peft(adapter, tmp_path / "detached", c=-0.7, as_lora=True)
+    attached, detached = (load_file(tmp_path / at / TENSORS) for at in ("attached", "detached"))
+    assert attached.keys() == detached.keys() and all(same_bits(detached[k], v) for k, v in attached.items())
+
+
 def test_what_needs_the_weight_says_so(tmp_path: Path) -> None:
     _, adapter = made(CASES["dora"].config)
     adapter.merge()
@@ -227,6 +245,11 @@ THEIRS: dict[str, Callable[[], Any]] = {
     "hra_gs": lambda: peft.HRAConfig(r=4, target_modules=NAMES, apply_GS=True),
     "oft": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=NAMES),
     "oft_exact": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=NAMES, use_cayley_neumann=False),
+    "oft_by_r": lambda: peft.OFTConfig(oft_block_size=0, r=8, target_modules=NAMES[:3]),
+    "oft_by_r, the nearest": lambda: peft.OFTConfig(oft_block_size=0, r=3, target_modules=NAMES[:3]),
+    "oft_two_terms": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=NAMES, num_cayley_neumann_terms=2),
+    "oft_dropout": lambda: peft.OFTConfig(oft_block_size=8, r=0, target_modules=NAMES, module_dropout=0.5),
+    "oft_clamped": lambda: peft.OFTConfig(oft_block_size=48, r=0, target_modules=NAMES),
     "road": lambda: peft.RoadConfig(variant="road_2", group_size=8, target_modules=NAMES),
     "delora": lambda: peft.DeloraConfig(r=4, target_modules=NAMES, rank_pattern={"k_proj": 3}),
     "hira": lambda: peft.HiraConfig(r=4, target_modules=NAMES),
@@ -648,7 +671,9 @@ def test_a_rank_that_is_too_low_is_an_approximation(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"peft_version": None}, "before 0.18"),
-        ({"r": 4}, "r=4"),
+        ({"r": 4}, "r=4 beside oft_block_size=8"),
+        ({"oft_block_size": 0}, "r=0 beside oft_block_size=0"),
+        ({"num_cayley_neumann_terms": 1}, "num_cayley_neumann_terms=1: PEFT then turns by nothing"),
         ({"coft": True}, "coft=True"),
         ({"block_share": True}, "block_share=True"),
     ],
@@ -659,6 +684,22 @@ def test_other_rotations_are_refused(changes: dict[str, Any], words: str, tmp_pa
     edit(tmp_path, **changes)
     with pytest.raises(ll.CheckpointError, match=words):
         ll.from_peft(fresh(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [("lora", "r"), ("lora", "lora_alpha"), ("oft", "use_cayley_neumann"), ("road", "group_size"), ("delora", "delora_lambda")],
+)
+def test_null_is_no_default(name: str, field: str, tmp_path: Path) -> None:
+    """PEFT fails on these, or (use_cayley_neumann) takes null for no."""
+    want = trained(THEIRS[name](), tmp_path)
+    edit(tmp_path, **{field: None})
+    model = fresh()
+    with pytest.raises(ll.CheckpointError, match=f"its {field} is null, "):
+        ll.from_peft(model, tmp_path)
+    assert same_bits(logits(model), logits(base()))
+    with contextlib.suppress(TypeError, ValueError):
+        assert_differs(in_peft(tmp_path), want, "what PEFT makes of it")
 
 
 @pytest.mark.parametrize("kind", ["bat", "mini"])
@@ -681,7 +722,6 @@ def test_vera_without_its_projections_is_refused(tmp_path: Path) -> None:
 
 UNSAYABLE: dict[str, tuple[ll.AdapterConfig, str]] = {
     "a rank per layer that PEFT would pass over": (ll.HiRAConfig(r=4, rank_pattern={"q_proj": 2}, targets=TARGETS), "HIRA has one r"),
-    "blocks that differ": (ll.OFTConfig(block_size=24, targets=TARGETS), "OFT has one block_size for all layers"),
     "groups that differ": (ll.ROADConfig(group_size=64, targets=TARGETS), "ROAD has one group_size for all layers"),
     "three terms": (ll.OFTConfig(block_size=8, cayley="neumann", terms=3, targets=TARGETS), "OFT cannot say terms=3"),
 }
@@ -705,7 +745,7 @@ def test_an_approximation_may_be_asked_for_where_the_method_has_words(tmp_path: 
     assert set(ll.to_peft(said, tmp_path / "said", approximate=True).values()) == {0.0}
     with pytest.raises(ValueError, match="r=3 is the rank of a plain LoRA: say as_lora=True"):
         ll.to_peft(said, tmp_path / "r", r=3)
-    _, unsaid = made(ll.OFTConfig(block_size=24, targets=TARGETS))
+    _, unsaid = made(ll.OFTConfig(block_size=8, cayley="neumann", terms=3, targets=TARGETS))
     assert 0 < max(ll.to_peft(unsaid, tmp_path / "unsaid", approximate=True).values()) < 1
     assert not (tmp_path / "r").exists()
 
@@ -750,7 +790,6 @@ def test_pissa_of_more_than_a_layers_rank_keeps_its_scale(r: int, root: bool, tm
     assert_close(logits(model), want, "logits", EQUAL)
 
 
-@pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`:UserWarning")
 @pytest.mark.parametrize(("field", "value"), [("num_cayley_neumann_terms", 3), ("num_cayley_neumann_terms", 4), ("oft_block_size", 14)])
 def test_pefts_own_reading_of_ofts_numbers(field: str, value: int, tmp_path: Path) -> None:
     """Its 3 terms are its 4, and 14 on 64 inputs is the nearest that divides them, 16."""
@@ -759,6 +798,69 @@ def test_pefts_own_reading_of_ofts_numbers(field: str, value: int, tmp_path: Pat
     model = fresh()
     ll.from_peft(model, tmp_path)
     assert_close(logits(model), want, "logits", EQUAL)
+
+
+def test_as_many_blocks_whatever_the_width_are_refused_in_words(tmp_path: Path) -> None:
+    trained(peft.OFTConfig(oft_block_size=0, r=2, target_modules=["q_proj", "down_proj"]), tmp_path)
+    with pytest.raises(ll.CheckpointError, match=r"blocks of several sizes, 80 and 32 \(in model.layers.0.self_attn.q_proj\)"):
+        ll.from_peft(fresh(), tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_number_from_which_peft_makes_every_layers_blocks_is_found_where_there_is_one(seed: int) -> None:
+    """Against PEFT's own rule, and all numbers."""
+    theirs, none = peft.tuners.oft.OFTLayer.adjust_oft_parameters, 0
+    draw = generator(seed)
+    for _ in range(50):
+        widths = [4 * int(n) for n in torch.randint(1, 80, (3,), generator=draw)]
+        config = ll.OFTConfig(block_size=int(torch.randint(4, 90, (1,), generator=draw)))
+        blocks = {d: config.at("layer", d, 8).block_size for d in widths}
+        asked = oft_asked(config, {str(d): At(config.at("layer", d, 8), d, 8) for d in widths})
+        able = [n for n in range(1, max(widths) + 1) if all(theirs(None, d, n) == b for d, b in blocks.items())]  # type: ignore[arg-type]
+        assert asked in able if able else asked is None
+        assert config.block_size not in able or asked == config.block_size
+        none += not able
+    assert 0 < none < 50
+
+
+def test_blocks_of_which_peft_has_no_number_are_refused(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(64, 8), "b": nn.Linear(300, 8)})
+    with pytest.raises(ValueError, match=r"OFT cannot say blocks of 32 \(in a\), 60 \(in b\) at once: .* of no number"):
+        ll.to_peft(ll.attach(model, ll.OFTConfig(block_size=60)), tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_ofts_module_dropout_drops_nothing_in_peft(tmp_path: Path) -> None:
+    """In training either: if a later PEFT calls it, this is how we hear of it."""
+    there = get_peft_model(fresh(), THEIRS["oft_dropout"]())
+    with torch.no_grad():
+        for p in there.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator(1)) * 0.1)
+    still = logits(there.eval())
+    assert same_bits(logits(there.train()), still) and same_bits(logits(there), still)
+
+
+@pytest.mark.parametrize("name", ["lora", "ia3_both", "hra", "oft", "delora", "hira", "miss", "vera"])
+def test_an_adapter_of_sixteen_bits_is_the_same_there(name: str, tmp_path: Path) -> None:
+    """PEFT makes float32 of its tensors: what is computed of them here must not be rounded to 16 bits on the way."""
+    model, adapter = made(dataclasses.replace(CASES[name].config, dtype=torch.bfloat16))
+    ll.to_peft(adapter, tmp_path)
+    assert_close(in_peft(tmp_path), logits(model), "PEFT's logits", EQUAL)
+
+
+def test_two_terms_are_pefts_in_float64(tmp_path: Path) -> None:
+    config = peft.OFTConfig(oft_block_size=8, r=0, target_modules=NAMES, num_cayley_neumann_terms=2)
+    there = get_peft_model(fresh().double(), config, autocast_adapter_dtype=False).double()
+    with torch.no_grad():
+        for p in there.parameters():
+            if p.requires_grad:
+                p.copy_(torch.randn(p.shape, generator=generator(1)) * 0.1)
+    there.save_pretrained(tmp_path)
+    model = fresh().double()
+    ll.from_peft(model, tmp_path)
+    assert_differs(logits(model), logits(fresh().double()), "the adapter's effect")
+    assert_close(logits(model), logits(there), "logits", 1e-12)
 
 
 @pytest.mark.parametrize("what", UNSAYABLE)
@@ -784,10 +886,27 @@ def test_a_row_that_vanishes_at_c_is_refused(tmp_path: Path) -> None:
         ll.to_peft(adapter, tmp_path / "y", c=-1.0)
 
 
-@pytest.mark.parametrize("r", [0, -1, True])
+@pytest.mark.parametrize("r", [0, -1, True, np.int64(0)])
 def test_a_rank_is_positive(r: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="r must be a positive whole number"):
         ll.to_peft(made(CASES["lora"].config)[1], tmp_path / "x", as_lora=True, r=r)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    ll.to_peft(made(CASES["lora"].config)[1], tmp_path, np.float64(0.5), as_lora=True, r=np.int64(8))
+    assert json.loads((tmp_path / CONFIG).read_text())["r"] == 8
+
+
+def test_what_is_no_adapter_is_refused_in_words(tmp_path: Path) -> None:
+    to_peft: Any = getattr(ll.to_peft, "__wrapped__", ll.to_peft)  # the tests' type checks would refuse them first
+    model, adapter = made(CASES["lora"].config)
+    for given, words in (
+        (model, r"got LlamaForCausalLM; .* ll.adapters\(model\)"),
+        ("a", "got str"),
+        ([adapter, 3], "got int"),
+    ):
+        with pytest.raises(TypeError, match=rf"writes an Adapter, {words}"):
+            to_peft(given, tmp_path / "x")
 
 
 @pytest.mark.parametrize("c", [float("nan"), float("inf"), True, torch.tensor([1.0, 2.0]), "1"])

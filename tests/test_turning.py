@@ -121,7 +121,7 @@ def test_a_fresh_adapter_with_a_c_per_row_trains(name: str) -> None:
 def test_at_every_c_it_is_one_update_of_rank_r(name: str, c: float, tmp_path: Path) -> None:
     model, adapter, p = attached(name)
     variant, cfg = adapter.variant, adapter.config.at("linear", 10, 14)
-    update = variant.low_rank_given_weight(cfg, p, Base(10, 14), c)
+    update = variant.low_rank_at(cfg, p, Base(10, 14), c)
     assert update.r == cfg.r  # type: ignore[attr-defined]
     assert_close(model.linear.weight + update.dense(), tuned(model, adapter, c))
     lost = ll.to_peft(adapter, tmp_path, c=c, as_lora=True)

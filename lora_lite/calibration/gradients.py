@@ -32,10 +32,16 @@ def stream_gradients(
 
     All tokens count, padding too: a loss that leaves padding out gives zero gradients there. No parameter gets a gradient; the
     model comes out as from `stream`. Memory grows with a batch (the graph of its forward), not with their number.
-    Raises ValueError for data or a loss that does not fit, RuntimeError naming targets that the loss does not depend on.
+    Raises ValueError for data or a loss that does not fit, RuntimeError naming targets that the loss does not depend on, or under
+    torch.inference_mode().
     """
     if isinstance(data, Mapping) and not is_batch(data, model, {}):
         raise ValueError(f"gradients need batches to run the model on, each a tensor, a dict or a tuple; got a mapping of {list(data)[:5]}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "the start is taken from a loss's gradients, and inside torch.inference_mode() torch records none: attach outside of it "
+            "(torch.no_grad() does no harm)"
+        )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     graph = Graph(layers)
     count = 0

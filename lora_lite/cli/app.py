@@ -27,6 +27,7 @@ from lora_lite.cli.options import (
     Where,
     config_of,
     log,
+    number,
     place,
     speak,
     tell,
@@ -121,7 +122,14 @@ def convert(
     ],
     as_lora: Annotated[bool, typer.Option("--as-lora", help="One plain LoRA, c folded in: what servers load.")] = False,
     c: Annotated[
-        float | None, typer.Option("-c", help="The dose that the folder does at its full strength.  \\[default: 1]", show_default=False)
+        float | None,
+        typer.Option(
+            "-c",
+            parser=number,
+            metavar="FLOAT",
+            help="The dose that the folder does at its full strength.  \\[default: 1]",
+            show_default=False,
+        ),
     ] = None,
     approximate: Annotated[bool, typer.Option("--approximate", help="With --as-lora: the nearest one, where none is exact.")] = False,
     r: Annotated[int | None, typer.Option(min=1, help="With --as-lora: its rank.", show_default=False)] = None,

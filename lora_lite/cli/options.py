@@ -46,6 +46,18 @@ SWEPT = "-2,-1.5,-1,-0.5,-0.25,0,0.25,0.5,1,1.5,2"
 GIVEN_OR = {"r": 8, "alpha": 16.0}  # for variants that have them
 
 
+def after_equals(text: str) -> str:
+    """click takes -c=1 for -c with the value "=1"."""
+    return text.removeprefix("=")
+
+
+def number(text: str) -> float:
+    try:
+        return float(after_equals(text))
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a valid float.") from error
+
+
 def tell(found: dict[str, Any], readable: Callable[[dict[str, Any]], str], as_json: bool) -> None:
     typer.echo(json.dumps(found, ensure_ascii=False) if as_json else readable(found))
 

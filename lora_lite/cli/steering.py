@@ -29,6 +29,7 @@ from lora_lite.cli.options import (
     Steps,
     Tokens,
     Where,
+    after_equals,
     config_of,
     cs_of,
     place,
@@ -109,7 +110,10 @@ def generate(
     ],
     prompt: Annotated[list[str], typer.Option(help="A text to continue; again for more.", show_default=False)],
     c: Annotated[
-        list[str] | None, typer.Option("-c", help="A number, auto or -auto; again for more.  \\[default: 1]", show_default=False)
+        list[str] | None,
+        typer.Option(
+            "-c", parser=after_equals, metavar="TEXT", help="A number, auto or -auto; again for more.  \\[default: 1]", show_default=False
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts per prompt; more than one needs --temperature.")] = 1,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 64,

@@ -40,6 +40,14 @@ def unsettled(config: Any, found: Found) -> Any:
     return config
 
 
+def all_said(config: Any, ats: Mapping[str, At]) -> str | None:
+    return None
+
+
+def as_it_is(config: Any, ats: Mapping[str, At]) -> Any:
+    return config
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """A method of PEFT as one of our variants.
@@ -60,7 +68,8 @@ class Method:
     refuses   why a config of this kind cannot be read, or None
     inert     what its config may hold beside its options
     settle    (our config, the folder's own and its tensors) -> our config, with what only the layers tell
-    unsaid    why a config of ours has no words here, or None
+    unsaid    why a config of ours has no words here over these layers, or None
+    said      (our config, the layers) -> our config with PEFT's number where it means another by it
     fill      PEFT's tensors -> the same with what the file may leave out, before their shapes are checked
     drop      the other way, with what the config says of it
     """
@@ -84,7 +93,8 @@ class Method:
     refuses: Callable[[Config], str | None] = nothing
     inert: frozenset[str] = frozenset()
     settle: Callable[[Any, Found], Any] = unsettled
-    unsaid: Callable[[Any], str | None] = nothing
+    unsaid: Callable[[Any, Mapping[str, At]], str | None] = all_said
+    said: Callable[[Any, Mapping[str, At]], Any] = as_it_is
     fill: Convert = numbers.same
     drop: Callable[[Fields, At], tuple[Fields, Said]] = numbers.nothing_dropped
 
@@ -171,12 +181,16 @@ def no_projection(config: Config) -> str | None:
     return "save_projection=False: the shared matrices are not in the file; load it with PEFT and save it with save_projection=True"
 
 
-def old_rotations(config: Config) -> str | None:
-    """What PEFT itself says of its older files; peft_version is written since 0.18."""
+def other_rotations(config: Config) -> str | None:
+    """What PEFT itself says of its older files (peft_version is written since 0.18) and of its numbers."""
     if "oft_block_size" not in config:
         return "OFT without oft_block_size is PEFT's before 0.14, another parametrisation"
     if config.get("use_cayley_neumann", True) and not config.get("peft_version"):
         return "use_cayley_neumann without peft_version is PEFT's before 0.18, another parametrisation"
+    if bool(r := config.get("r", 0)) == bool(size := config["oft_block_size"]):
+        return f"r={r!r} beside oft_block_size={size!r}: PEFT takes one of the two, the other being 0"
+    if config.get("use_cayley_neumann", True) and (terms := config.get("num_cayley_neumann_terms", 5)) in (0, 1):
+        return f"num_cayley_neumann_terms={terms!r}: PEFT then turns by nothing, whatever the tensors hold"
     return None
 
 
@@ -185,10 +199,6 @@ NEVER = 2**31 - 1  # PEFT's AdaLoRA wants a total_step, whether it is to be trai
 
 def never(steps: Any) -> Any:
     return None if steps == NEVER else steps
-
-
-def three_terms(config: Any) -> str | None:
-    return "terms=3: PEFT's 3 is its 4" if config.cayley == "neumann" and config.terms == 3 else None
 
 
 def as_cayley(neumann: Any) -> str:
@@ -231,14 +241,16 @@ METHODS: tuple[Method, ...] = (
     Method(peft_type="HRA", variant="hra_gs", keys={"lora_u": "hra_u"}, options=(R,), when={"apply_GS": True}, alike=("r",)),
     Method(peft_type="HRA", variant="hra", keys={"lora_u": "hra_u"}, options=(R,), alike=("r",)),
     Method(
-        peft_type="OFT", variant="oft", keys={"lora_Q": "oft_R.weight"}, alike=("block_size",),
-        says={"init_weights": True, "r": 0, "peft_version": "0.18.0"}, refuses=old_rotations, unsaid=three_terms, settle=numbers.oft_blocks,
+        peft_type="OFT", variant="oft", keys={"lora_Q": "oft_R.weight"}, refuses=other_rotations,
+        says={"init_weights": True, "r": 0, "peft_version": "0.18.0"},
+        inert=frozenset(("r", "module_dropout")),  # r is the other way to say block_size; PEFT 0.21 makes a dropout and never calls it
+        settle=numbers.oft_blocks, unsaid=numbers.oft_unsaid, said=numbers.oft_said,
         options=(
-            Option("block_size", "oft_block_size", 32),
+            Option("block_size", "oft_block_size", 32, lambda b: b or 32),  # 0 where r says it: the tensors tell
             Option("cayley", "use_cayley_neumann", True, as_cayley, lambda kind: kind == "neumann"),
             Option("terms", "num_cayley_neumann_terms", 5, lambda n: 4 if n == 3 else n),  # PEFT's 3 has a Q^3, as its 4
         ),
-        read=numbers.oft_signed, write=numbers.oft_signed, turn=scaled("lora_Q"),
+        read=numbers.oft_read, write=numbers.oft_write, turn=scaled("lora_Q"),
     ),
     Method(
         peft_type="ROAD", variant="road", keys={"lora_theta": "road_theta", "lora_alpha": "road_alpha"}, alike=("group_size",),

@@ -180,7 +180,8 @@ def pissa_scales(config: Any, found: Found) -> Any:
 
 
 def oft_blocks(config: Any, found: Found) -> Any:
-    """PEFT takes the nearest block size that divides a layer's width, we the largest below: the tensors tell which it was."""
+    """PEFT takes the nearest block size that divides a layer's width, or the nearest number of blocks, we the largest size below
+    the one asked for: the tensors tell which it was."""
     held = {t: p["lora_Q"].shape[0] for t, p in found.own.items() if "lora_Q" in p and p["lora_Q"].dim() == 2}
     blocks = {t: found.sizes[t][0] // n for t, n in held.items() if n and found.sizes[t][0] % n == 0}
     size = max(blocks.values(), default=0)
@@ -191,6 +192,39 @@ def oft_blocks(config: Any, found: Found) -> Any:
         t, b = next(iter(odd.items()))
         raise ValueError(f"its layers have blocks of several sizes, {size} and {b} (in {t}), which no one block_size gives here")
     return fitting
+
+
+def oft_asked(config: Any, ats: Mapping[str, At]) -> int | None:
+    """The oft_block_size nearest to ours of which PEFT makes every layer's own, if there is one: of the numbers that divide a
+    layer's width it takes the nearest, of two as near the smaller. So each layer leaves an interval."""
+    first, last = 2, max(at.d_in for at in ats.values())
+    for at in ats.values():
+        below, b, above = beside(at.d_in, at.cfg.block_size)
+        first, last = max(first, (below + b) // 2 + 1), min(last, (b + above) // 2) if above else last
+    return min(max(config.block_size, first), last) if first <= last else None
+
+
+@functools.lru_cache
+def beside(width: int, b: int) -> tuple[int, int, int]:
+    """b, which divides the width, between the next numbers that do; 0 where there is none."""
+    sizes = [0, *(n for n in range(1, width + 1) if width % n == 0), 0]
+    i = sizes.index(b)
+    return sizes[i - 1], b, sizes[i + 1]
+
+
+def oft_said(config: Any, ats: Mapping[str, At]) -> Any:
+    """In PEFT's number for the blocks."""
+    return dataclasses.replace(config, block_size=oft_asked(config, ats))
+
+
+def oft_unsaid(config: Any, ats: Mapping[str, At]) -> str | None:
+    if config.cayley == "neumann" and config.terms == 3:
+        return "terms=3: PEFT's 3 is its 4"
+    if oft_asked(config, ats) is None:
+        sizes = {at.cfg.block_size: t for t, at in ats.items()}
+        some = ", ".join(f"{b} (in {sizes[b]})" for b in sorted(sizes)[:3])
+        return f"blocks of {some} at once: it has one oft_block_size for all layers, and of no number it would make these"
+    return None
 
 
 def gate_axis(at: At) -> int:
@@ -207,6 +241,14 @@ def gate_write(p: Fields, at: At) -> Fields:
     return {"lora_l": IA3_GATE.write(p, at)["lora_l"].unsqueeze(gate_axis(at))}
 
 
-def oft_signed(p: Fields, at: At) -> Fields:
-    """PEFT's exact form turns by -Q, its truncated one by Q; ours both by Q."""
-    return {"lora_Q": -p["lora_Q"]} if at.cfg.cayley == "exact" else p
+def oft_factor(at: At) -> float:
+    """PEFT's exact form turns by -Q, its truncated one by Q, ours both by Q; and of two terms PEFT makes I + 2 Q, we I + Q."""
+    return -1.0 if at.cfg.cayley == "exact" else 2.0 if at.cfg.terms == 2 else 1.0
+
+
+def oft_read(p: Fields, at: At) -> Fields:
+    return {"lora_Q": p["lora_Q"] * oft_factor(at)}
+
+
+def oft_write(p: Fields, at: At) -> Fields:
+    return {"lora_Q": p["lora_Q"] / oft_factor(at)}

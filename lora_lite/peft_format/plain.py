@@ -51,7 +51,7 @@ def plain_updates(adapter: Adapter, c: float, approximate: bool, r: int | None, 
 
 def exact_updates(adapter: Adapter, c: float) -> dict[str, LowRank] | None:
     variant = adapter.variant
-    if variant.form == "low-rank":
+    if variant.form == "low-rank" or variant.exact_low_rank == "by itself":
         return {t: precise(u) for t, u in adapter.factors(c).items()}
     if variant.exact_low_rank == "no":
         return None
@@ -59,7 +59,7 @@ def exact_updates(adapter: Adapter, c: float) -> dict[str, LowRank] | None:
     for t, (layer, hook) in places(adapter).items():
         base = Base(hook.base.sizes.d_in, hook.base.sizes.d_out, dense_weight(layer).detach())
         p = {field: v.detach() for field, v in hook.tensors(layer).items()}
-        found[t] = precise(variant.low_rank_given_weight(hook.cfg, p, base, c))
+        found[t] = precise(variant.low_rank_at(hook.cfg, p, base, c))
     return found
 
 

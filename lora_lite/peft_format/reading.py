@@ -123,13 +123,19 @@ def known_methods(found: Folder) -> list[Method]:
     kind = found.config.get("peft_type")
     candidates = method_candidates(found.config)
     if not candidates:
-        known = listed(sorted({m.peft_type for m in METHODS}), 20)
-        raise CheckpointError(f"{found.source} is of peft_type {shown(repr(kind))}; read are {known}")
-    options = {name for m in candidates for name in (*(o.theirs for o in m.options), *m.when, *m.inert)}
-    strange = {k: v for k, v in found.config.items() if k not in INERT and k not in options and not any(v is o or v == o for o in OFF)}
+        read = listed(sorted({m.peft_type for m in METHODS}), 20)
+        raise CheckpointError(f"{found.source} is of peft_type {shown(repr(kind))}; read are {read}")
+    known = {name for m in candidates for name in (*(o.theirs for o in m.options), *m.when, *m.inert)}
+    strange = {k: v for k, v in found.config.items() if k not in INERT and k not in known and not any(v is o or v == o for o in OFF)}
     problems = [f"{shown(k)}={shown(repr(v), 60)}" for k, v in strange.items()]
     if problems:
         raise CheckpointError(f"{found.source} uses what {candidates[0].variant!r} here does not have: {', '.join(problems[:5])}")
+    options = [o for m in candidates for o in m.options]
+    if empty := [o.theirs for o in options if found.config.get(o.theirs, o.default) is None and o.default not in OFF]:
+        raise CheckpointError(
+            f"{found.source}: its {listed(list(dict.fromkeys(empty)))} is null, which PEFT does not load, or takes for something else than "
+            "its default; write the value that the adapter was trained with"
+        )
     if reason := next((r for m in candidates if (r := m.refuses(found.config))), None):
         raise CheckpointError(f"{found.source}: {reason}")
     return candidates

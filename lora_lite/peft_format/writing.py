@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 from loguru import logger
@@ -40,7 +41,7 @@ def to_peft(
     *,
     as_lora: bool = False,
     approximate: bool = False,
-    r: int | None = None,
+    r: SupportsIndex | None = None,
 ) -> dict[str, float]:
     """Write a folder that PEFT loads, doing at its full strength what the adapter does at c. `ll.to_peft(adapter, "folder")`.
 
@@ -53,12 +54,7 @@ def to_peft(
     (PiSSA's differences, HRA at c = 0.5) is written as that. A folder that exists keeps its other files. Raises ValueError naming
     what the method cannot say, RuntimeError where the base weight is needed and the adapter is not attached.
     """
-    dose = checked(c)
-    if r is not None and (not isinstance(r, int) or isinstance(r, bool) or r < 1):
-        raise ValueError(f"r must be a positive whole number, got {r!r}")
-    several = [adapter] if isinstance(adapter, Adapter) else list(adapter)
-    if wrong := [a for a in several if not isinstance(a, Adapter)]:
-        raise TypeError(f"to_peft(adapter, folder) writes an Adapter, got {type(wrong[0]).__name__} {wrong[0]!r}")
+    several, dose, r = given(adapter), checked(c), None if r is None else checked_rank(r)
     check_halves(several, as_lora)
     reasons = {a: unsayable(a, dose) for a in several}
     if r is not None and not as_lora and not all(reasons.values()):
@@ -132,6 +128,22 @@ def endings(name: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(1, len(parts))]
 
 
+def given(adapter: Any) -> list[Adapter]:
+    """Raises TypeError for what is no adapter, or holds something else."""
+    several: list[Any] = list(adapter) if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [adapter]
+    if wrong := [a for a in several if not isinstance(a, Adapter)]:
+        on_it = "; the adapters on a model are in ll.adapters(model)" if isinstance(wrong[0], nn.Module) else ""
+        raise TypeError(f"to_peft(adapter, folder) writes an Adapter, got {type(wrong[0]).__name__}{on_it}")
+    return several
+
+
+def checked_rank(r: SupportsIndex) -> int:
+    """Raises ValueError for what is no positive whole number; numpy's are as good."""
+    if isinstance(r, bool) or not hasattr(r, "__index__") or operator.index(r) < 1:
+        raise ValueError(f"r must be a positive whole number, got {r!r}")
+    return operator.index(r)
+
+
 def checked(c: Any) -> float:
     """Raises TypeError or ValueError for what is no finite number."""
     if isinstance(c, Tensor) and c.numel() != 1:
@@ -153,7 +165,7 @@ def native(adapter: Adapter, c: float) -> Written:
         for name, part in told.items():
             said.setdefault(name, {}).update(part)
         tensors |= {f"{FRONT}{strip_prefixes(t)}.{end}": p[field] for field, end in method.keys.items()}
-    own = adapter.config.renamed({t: strip_prefixes(t) for t in ats})
+    own = method.said(adapter.config.renamed({t: strip_prefixes(t) for t in ats}), ats)
     config = {o.theirs: o.write(getattr(own, o.ours)) for o in method.options}
     if method.peft_type == "IA3":
         config["feedforward_modules"] = [strip_prefixes(t) for t, at in ats.items() if at.cfg.feedforward]
@@ -173,9 +185,9 @@ def unsayable(adapter: Adapter, c: float) -> str | None:
         return f"{method.peft_type} cannot say c={c}"
     if wrong := [k for k, v in method.fixed.items() if getattr(config, k) != v]:
         return f"{method.peft_type} cannot say {wrong[0]}={getattr(config, wrong[0])!r}"
-    if reason := method.unsaid(config):
-        return f"{method.peft_type} cannot say {reason}"
     ats = places_of(adapter)
+    if reason := method.unsaid(config, ats):
+        return f"{method.peft_type} cannot say {reason}"
     if flat := [t for t, at in ats.items() if at.layer is not None and transposed(at.layer) and "fan_in_fan_out" not in method.says]:
         return f"{method.peft_type} has no Conv1D, which {listed(flat)} are"
     for name in method.alike:

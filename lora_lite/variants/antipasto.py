@@ -83,7 +83,7 @@ class AntiPaSTO(FromSpectrum):
     why_not: ClassVar[Mapping[str, str]] = {"linear_in_c": "c turns by c theta: every c is a rotation, a mix of x and its rotation is none"}
     form = "output"
     linear_in_c = False
-    exact_low_rank: ClassVar[str] = "given weight"
+    exact_low_rank: ClassVar[str] = "by itself"
     identity = Identity("bitwise", 'but for init="paper", which starts beside the base on purpose')
 
     @classmethod
@@ -117,7 +117,7 @@ class AntiPaSTO(FromSpectrum):
         return add_narrow(y, turning.cored(p, x, c, cfg.rotate), p["U"], 1.0)
 
     @classmethod
-    def low_rank_given_weight(cls, cfg: AntiPaSTOConfig, p: Params, base: Base, c: float = 1.0) -> LowRank:
+    def low_rank_at(cls, cfg: AntiPaSTOConfig, p: Params, base: Base, c: float = 1.0) -> LowRank:
         return turning.low_rank(generator(cfg, p["lora_theta"]), p, c, cfg.rotate)
 
 

@@ -78,6 +78,8 @@ class DeLoRA(Variant):
 
     @staticmethod
     def factors(cfg: DeLoRAConfig, p: Params, base: Base) -> LowRank:
+        wide = torch.promote_types(p["lora_w"].dtype, torch.float32)  # A's product with w, and B's difference, would be rounded in 16 bits
+        p = {name: v.to(wide) for name, v in p.items()}
         w, strength = p["lora_w"], p["lora_lambda"]
         if cfg.init == "zeros":
             return LowRank(p["lora_A"] * w, p["lora_B"], gains(p["lora_A"], p["lora_B"], strength))

@@ -83,7 +83,7 @@ class HRA(Variant):
         return add_narrow(x, F.linear(x, p["A"]), p["B"], c)
 
     @classmethod
-    def low_rank_given_weight(cls, cfg: Any, p: Params, base: Base, c: float = 1.0) -> LowRank:
+    def low_rank_at(cls, cfg: Any, p: Params, base: Base, c: float = 1.0) -> LowRank:
         """c W (H - I): exact, of rank r, for merging by factors and for export. Reads the weight (d_out, d_in) once."""
         assert base.weight is not None
         change = cls.prepare(cfg, p, base, 1.0)

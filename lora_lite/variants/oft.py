@@ -32,7 +32,7 @@ class OFTConfig(AdapterConfig):
     """`OFTConfig(block_size=32)`. Where block_size does not divide d_in, the layer's blocks have the largest smaller size that does.
 
     cayley  "exact": a rotation for every Q and c. "neumann": no linear solve, PEFT's default, a rotation only near Q = 0
-    terms   of "neumann": how many powers of Q, 0 included, the product holds
+    terms   of "neumann": how many powers of Q, 0 included, the product holds, from 2, which is I + Q
     """
 
     variant: ClassVar[str] = "oft"
@@ -44,7 +44,7 @@ class OFTConfig(AdapterConfig):
         super().__post_init__()
         if self.cayley not in ("exact", "neumann"):
             raise ValueError(f'cayley must be "exact" or "neumann", got {self.cayley!r}')
-        for name, least in (("block_size", 2), ("terms", 3)):
+        for name, least in (("block_size", 2), ("terms", 2)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be a whole number from {least}, got {value!r}")
@@ -111,6 +111,8 @@ def neumann(Q: Float[Tensor, "n b b"], terms: int) -> Float[Tensor, "n b b"]:
 def neumann_of(x: Tensor, times_Q: Callable[[Tensor], Tensor], terms: int) -> Tensor:
     """x times the same, where times_Q is x -> x Q."""
     z = first = times_Q(x)
+    if terms == 2:
+        return first
     for _ in range(terms - 3):
         z = first + times_Q(z)
     return first + z + times_Q(z)

@@ -59,7 +59,7 @@ class SSVD(Variant):
     form = "output"
     linear_in_c = False
     reads_weight = "init"
-    exact_low_rank: ClassVar[str] = "given weight"
+    exact_low_rank: ClassVar[str] = "by itself"
 
     @staticmethod
     def param_specs(d_in: int, d_out: int, cfg: SSVDConfig) -> dict[str, ParamSpec]:
@@ -86,5 +86,5 @@ class SSVD(Variant):
         return add_narrow(y, turning.cored(p, x, c), p["U"], 1.0)
 
     @classmethod
-    def low_rank_given_weight(cls, cfg: SSVDConfig, p: Params, base: Base, c: float = 1.0) -> LowRank:
+    def low_rank_at(cls, cfg: SSVDConfig, p: Params, base: Base, c: float = 1.0) -> LowRank:
         return turning.low_rank(skew(p["lora_K"][None], cfg.r), p, c, first_order=cfg.cayley == "first-order")
