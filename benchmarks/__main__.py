@@ -88,7 +88,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def environment(setup: Setup) -> dict[str, Any]:
     """What the figures depend on, and nothing that tells whose machine it was."""
     packages = {name: version(name) for name in ("torch", "transformers", "peft")}
-    device = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else f"cpu ({processor()})"
+    on_cpu = f"cpu ({processor()}, {torch.backends.cpu.get_cpu_capability()})"
+    device = torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else on_cpu
     facts: dict[str, Any] = {"lora_lite": lora_lite.__version__, **packages, "python": platform.python_version()}
     return facts | {"device": device, "threads": setup.threads, "clock": setup.clock, "effort": setup.effort}
 
