@@ -78,6 +78,17 @@ def pytest_runtest_call() -> None:
     seed()  # again: a fixture that this test happened to be the first to build has used up numbers
 
 
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """The warnings of the library's log."""
+    lines: list[str] = []
+    handler = logger.add(lines.append, level="WARNING", format="{message}")  # type: ignore[arg-type]
+    logger.enable("lora_lite")
+    yield lines
+    logger.disable("lora_lite")
+    logger.remove(handler)
+
+
 # --- the `untyped` marker ---------------------------------------------------------------------------------------------
 
 

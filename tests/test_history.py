@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from loguru import logger
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
@@ -1000,17 +999,6 @@ def test_a_history_that_came_after_compiling(fresh: None) -> None:
 
 
 # --- what counts twice ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """The warnings of the library's log."""
-    lines: list[str] = []
-    handler = logger.add(lines.append, level="WARNING", format="{message}")  # type: ignore[arg-type]
-    logger.enable("lora_lite")
-    yield lines
-    logger.disable("lora_lite")
-    logger.remove(handler)
 
 
 TWICE = "adapter 'kind' is attached at c=1.0 and history 0 on the same model holds it too, so it counts twice: detach() it"

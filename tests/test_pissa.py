@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -387,17 +387,6 @@ def test_rounds_of_attachments_use_directions_of_their_own(train: str) -> None:
         assert_close((one @ again.T).abs(), torch.eye(3, dtype=F64))
     with pytest.raises(ValueError, match=r"layers\.0\.up: asked for r=12 directions, exclude_directions leave"):
         ll.attach(model, dataclasses.replace(cfg, r=12), name="third", exclude_directions=[first, second])
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """The warnings of the library's log."""
-    lines: list[str] = []
-    handler = logger.add(lines.append, level="WARNING", format="{message}")  # type: ignore[arg-type]
-    logger.enable("lora_lite")
-    yield lines
-    logger.disable("lora_lite")
-    logger.remove(handler)
 
 
 def kept_lora(model: nn.Module, rows: Callable[[Tensor], Tensor]) -> ll.Adapter:

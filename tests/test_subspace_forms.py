@@ -9,14 +9,13 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from loguru import logger
 from torch import Tensor
 
 import lora_lite as ll
@@ -35,17 +34,6 @@ FORMS: dict[str, dict[str, Any]] = {
     "core": {"coefficients": "core"}, "factors": {"coefficients": "factors"}, "diag": {"coefficients": "diag"}, "flat": {"space": "flat"},
 }  # fmt: skip
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """The warnings of the library's log."""
-    lines: list[str] = []
-    logger.enable("lora_lite")
-    sink = logger.add(lines.append, level="WARNING", format="{message}")  # type: ignore[arg-type]
-    yield lines
-    logger.remove(sink)
-    logger.disable("lora_lite")
 
 
 # --- 4: streaming ----------------------------------------------------------------------------------------------------------

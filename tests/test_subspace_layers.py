@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from loguru import logger
 
 import lora_lite as ll
 from tests.models import generator, mlp
 from tests.subspaces import MODULES, family, of, snapshot, updates
 
 pytestmark = pytest.mark.fast
-
-
-@pytest.fixture
-def said() -> Iterator[list[str]]:
-    """The library's warnings."""
-    lines: list[str] = []
-    logger.enable("lora_lite")
-    sink = logger.add(lambda message: lines.append(str(message)), level="WARNING")
-    yield lines
-    logger.remove(sink)
-    logger.disable("lora_lite")
 
 
 def narrow(missing: str, **form: Any) -> ll.SharedSubspace:
