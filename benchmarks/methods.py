@@ -30,7 +30,7 @@ import lora_lite as ll
 from benchmarks.__main__ import environment
 from benchmarks.measure import Setup
 from lora_lite.cli.corpus import standard_library
-from lora_lite.cli.tiny_lm import Recipe, next_token_loss, stream, tiny_lm
+from lora_lite.cli.tiny_lm import RECORD, SHIPPED, next_token_loss, stream
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 TUNING = 1000  # the seed that learning rates are chosen on
@@ -190,8 +190,7 @@ def table(results: Sequence[Result], base: float) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__)
-    parser.add_argument("--model", type=Path, default=Path("tiny-lm"), help="the demo's model; trained there if it is missing")
-    parser.add_argument("--training", type=int, default=Recipe().steps, help="steps of that training, where it is missing")
+    parser.add_argument("--model", type=Path, default=SHIPPED, help="a folder in Hugging Face format; left out, the demo's model")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--r", type=int, default=4, help="of the LoRA whose size is the budget")
@@ -199,10 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    folder = options.model if (options.model / "config.json").exists() else tiny_lm(
-        options.model, standard_library(), dataclasses.replace(Recipe(), steps=options.training)
-    )  # fmt: skip
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = (auto.from_pretrained(options.model) for auto in (AutoModelForCausalLM, AutoTokenizer))
     task = task_of(tokenizer, options.steps)
     layers = ll.find_targets(model, ll.LoRAConfig())
     budget, base = parameters(ll.LoRAConfig(r=options.r), layers), held_out(model, task)
@@ -213,9 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out:
         facts = environment(Setup())
         about = {"budget": budget, "base_loss": round(base, 4), "steps": task.steps, "rows": task.rows, "length": task.length}
-        about["model"] = (
-            json.loads((folder / "tiny_lm.json").read_text()) if (folder / "tiny_lm.json").exists() else str(options.model.name)
-        )
+        about["model"] = json.loads((SHIPPED / RECORD).read_text()) if options.model == SHIPPED else options.model.name
         rows = [{**dataclasses.asdict(r), "mean": round(r.mean, 4), "spread": round(r.spread, 4)} for r in results]
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"environment": facts, "task": about, "rows": rows}, indent=1) + "\n")

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from lora_lite import compiled
 from lora_lite.dial import DIALS, Coefficient, current_task
 from lora_lite.doses import DoseDial, Doses, Parts, on_ranks
-from lora_lite.hooks import Hook, hooks_on
+from lora_lite.hooks import Hook, hooks_on, owner
 from lora_lite.lowrank import FEW_ROWS
 
 Members = tuple[tuple[int, Hook], ...]  # (place in the stack, a hook that is not installed: called at its turn)
@@ -74,7 +74,7 @@ class HistoryHook(Hook):
         """In front of the live adapters and the younger histories on the layer; everyone else keeps their order."""
         table = self._table(layer)
         before = list(table.items())
-        later = [i for i, (_, hook) in enumerate(before) if isinstance(hook, Hook) and self.precedes(hook)]
+        later = [i for i, (_, one) in enumerate(before) if isinstance(hook := owner(one), Hook) and self.precedes(hook)]
         super().install(layer)
         for key, _ in before[min(later, default=len(before)) :]:
             table.move_to_end(key)
@@ -98,8 +98,8 @@ class HistoryHook(Hook):
         elif self.handle is None:
             self.install(layer)
 
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any = None, y: Tensor | None = None) -> Any:
-        if y is None and self.site == "output":  # as Hook.__call__
+    def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: Any = None, y: Tensor | None = None) -> Any:
+        if y is None and self.site == "output":  # as Hook.run
             y, kwargs = kwargs, {}
         x = args[0] if args else next(iter(kwargs.values()))
         new = self.traced(layer, x, y) if torch.compiler.is_compiling() else self.dosed(layer, x, y)  # type: ignore[arg-type]

@@ -214,7 +214,7 @@ class Variant:
 
     @staticmethod
     def prepare(cfg: Any, p: Params, base: Base, c: float | Tensor) -> Params:
-        """Other forms: what `delta` needs, computed in the stored precision before the runtime casts it to x's dtype.
+        """Other forms: what `delta` needs. Given and computed in float32 at least; the runtime casts the result to x's dtype.
 
         Takes c for methods it enters nonlinearly (a rotation by c·theta): a float, or (*batch, 1) to broadcast against x.
         """

@@ -27,7 +27,7 @@ CHEAP = ["--steps", "12", "--batch-size", "6", "--lr", "2e-2", "--tokens", "8", 
 def room(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the model `lm` and `pairs.jsonl`, code against prose."""
     folder, corpus = tmp_path_factory.mktemp("room"), made_up(40)
-    tiny_lm.tiny_lm(folder / "lm", corpus, TINY)
+    tiny_lm.make(folder / "lm", corpus, TINY)
     lines = [{"prompt": "", "chosen": c, "rejected": p} for c, p in zip(corpus.code, corpus.prose, strict=True)]
     for name, n in (("pairs", None), ("five", 5), ("two", 2), ("none", 0)):
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines[:n])))

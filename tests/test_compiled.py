@@ -266,10 +266,13 @@ def test_torch_still_has_what_is_read() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("kept", [False, True])
-def test_an_exported_program_holds_no_c_and_says_so(grad: bool, kept: bool) -> None:
+@pytest.mark.parametrize("rest", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["lora", "ia3_ff"])
+def test_an_exported_program_holds_no_c_and_says_so(grad: bool, kept: bool, rest: float, name: str) -> None:
     """It kept the c of that moment, or looked it up by a number that is another adapter's in the process that loads it."""
     model, x = mlp(torch.float32), normal(3, 12)
-    adapter = randomise(attach(model, VARIANTS["lora"]))
+    adapter = randomise(attach(model, VARIANTS[name]))
+    adapter.c = rest
     with torch.set_grad_enabled(grad):
         if kept:
             adapter.detach()

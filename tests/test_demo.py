@@ -18,7 +18,7 @@ import lora_lite as ll
 from lora_lite.cli import checks, demo, report, tiny_lm, traits
 from lora_lite.cli.corpus import Corpus, standard_library
 from lora_lite.cli.errors import UserError
-from lora_lite.cli.language import Recipe, Sampling
+from lora_lite.cli.language import Recipe, Sampling, writing_model
 from lora_lite.cli.options import config_of
 from lora_lite.cli.pairs import Contrast, code_and_prose
 from lora_lite.steering.pairs import Pair
@@ -38,16 +38,18 @@ def made_up(n: int = 60) -> Corpus:
 
 @pytest.fixture(scope="module")
 def room(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A folder to work in, with the made-up corpus in place of the standard library and fewer doses."""
+    """A folder to work in, with a model `lm`, the made-up corpus in place of the standard library, and fewer doses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "standard_library", made_up)
         patch.setattr(demo, "DOSES", (-2.0, -1.0, 0.0, 1.0, 2.0))
         patch.setattr(demo, "FINE", 3)
-        yield tmp_path_factory.mktemp("demo")
+        folder = tmp_path_factory.mktemp("demo")
+        tiny_lm.make(folder / "lm", made_up(), TINY)
+        yield folder
 
 
 def job(room: Path, name: str, config: ll.AdapterConfig | None = None, **options: Any) -> demo.Job:
-    values = {"tiny": TINY, "recipe": RECIPE, "sampling": SAMPLING} | options
+    values = {"model": str(room / "lm"), "recipe": RECIPE, "sampling": SAMPLING} | options
     return demo.Job(config or ll.LoRAConfig(r=4, alpha=8), room / name, **values)
 
 
@@ -58,9 +60,9 @@ def done(room: Path) -> tuple[demo.Job, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def small(done: tuple[demo.Job, dict[str, Any]]) -> tuple[Any, Any]:
-    """The model and the tokenizer the first run left in its cache."""
-    folder = done[0].out.parent / "tiny-lm"
+def small(room: Path) -> tuple[Any, Any]:
+    """The model of the room, and its tokenizer."""
+    folder = room / "lm"
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -91,11 +93,8 @@ def test_c_moves_the_trait_from_one_side_to_the_other(done: tuple[demo.Job, dict
     assert done[1]["way"][1:] in (done[0].out / "report.md").read_text()
 
 
-def test_the_same_seed_gives_the_same_texts_and_the_model_is_cached(room: Path, done: tuple[demo.Job, dict[str, Any]]) -> None:
-    cache = room / "tiny-lm" / "model.safetensors"
-    before = cache.stat().st_mtime_ns
+def test_the_same_seed_gives_the_same_texts(room: Path, done: tuple[demo.Job, dict[str, Any]]) -> None:
     again = demo.demo(job(room, "again"))
-    assert cache.stat().st_mtime_ns == before
     assert again["doses"] == done[1]["doses"]
     assert (room / "again" / "samples.md").read_text() == (room / "first" / "samples.md").read_text()
     first, second = (load_file(room / name / "adapter.safetensors") for name in ("first", "again"))
@@ -110,7 +109,7 @@ def test_every_variant_on_a_model_and_pairs_of_ones_own(variant: str, room: Path
     pairs = room / "pairs.jsonl"
     pairs.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
     short = dataclasses.replace(RECIPE, steps=2)
-    asked = job(room, variant, config_of(variant, None, short.steps), model=str(room / "tiny-lm"), pairs=pairs, recipe=short)
+    asked = job(room, variant, config_of(variant, None, short.steps), pairs=pairs, recipe=short)
     summary = demo.demo(asked)
     assert summary["ok"], summary["checks"]
     assert summary["trait"] == "P(chosen)" and variant in summary["title"]
@@ -139,23 +138,17 @@ def test_the_checks_notice_what_they_are_for(small: tuple[Any, Any], tmp_path: P
     assert checks.state(model) == pristine
 
 
-def test_the_cache_is_made_anew_for_another_recipe_or_corpus_and_for_a_damaged_one(tmp_path: Path) -> None:
-    recipe, corpus = dataclasses.replace(TINY, steps=2), made_up()
-    folder = tiny_lm.tiny_lm(tmp_path / "lm", corpus, recipe)
-    made = lambda: (folder / "model.safetensors").stat().st_ino  # noqa: E731
-    first = made()
-    tiny_lm.tiny_lm(folder, corpus, recipe)
-    assert made() == first
-    tiny_lm.tiny_lm(folder, corpus, dataclasses.replace(recipe, lr=1e-3))
-    second = made()
-    assert second != first
-    tiny_lm.tiny_lm(folder, Corpus(corpus.prose[1:], corpus.code), dataclasses.replace(recipe, lr=1e-3))
-    third = made()
-    assert third != second
-    (folder / tiny_lm.FINGERPRINT).write_text('{"recipe": ')
-    tiny_lm.tiny_lm(folder, corpus, recipe)
-    assert made() != third
-    assert [p.name for p in tmp_path.iterdir()] == ["lm"]
+def test_the_shipped_model_is_small_whole_and_speaks_both_kinds() -> None:
+    """What `make` wrote, as `demo` loads it: the parameters of the recipe, and near the loss that its record tells."""
+    made = json.loads((tiny_lm.SHIPPED / tiny_lm.RECORD).read_text())
+    assert made["recipe"] == dataclasses.asdict(tiny_lm.Recipe())
+    assert sum(file.stat().st_size for file in tiny_lm.SHIPPED.iterdir()) < 4e6
+    model, tokenizer = writing_model(str(tiny_lm.SHIPPED))
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and len(tokenizer) == made["recipe"]["vocab"]
+    held = standard_library().split()[1]
+    streams = [tiny_lm.stream(tokenizer, kind[:200]) for kind in (held.prose, held.code)]
+    assert tiny_lm.held_out_loss(model, streams, tiny_lm.Recipe()) == pytest.approx(made["held_out_loss"], abs=0.25)
+    assert tokenizer.decode(tokenizer("def f(x):\n    return x")["input_ids"]) == f"{tiny_lm.END}def f(x):\n    return x"
 
 
 def test_the_corpus_is_prose_and_code_in_a_fixed_order(tmp_path: Path) -> None:
@@ -193,7 +186,7 @@ def test_ngrams_are_a_distribution() -> None:
 
 def test_a_target_that_is_nowhere_is_the_users_to_know(room: Path, done: tuple[demo.Job, dict[str, Any]]) -> None:
     with pytest.raises(UserError, match="nowhere_proj"):
-        demo.demo(job(room, "nowhere", ll.LoRAConfig(targets="nowhere_proj"), model=str(room / "tiny-lm")))
+        demo.demo(job(room, "nowhere", ll.LoRAConfig(targets="nowhere_proj")))
 
 
 @pytest.mark.parametrize(

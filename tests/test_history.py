@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import lora_lite as ll
 from lora_lite.baked import HistoryHook
 from lora_lite.history import HistoryBake, disabled, stack
+from lora_lite.hooks import hooks_on, owner
 from tests.models import VARIANTS, Odd, Single, attach, llama, mlp, normal, opt, randomise, single, t5, token_ids
 from tests.references import assert_close, assert_differs, bits, reference, same_bits
 
@@ -170,7 +171,7 @@ def test_hooks_of_others_keep_their_order() -> None:
     with stack(model, [(adapter, 1.0)]):
         model(X)
         table = list(model.linear._forward_hooks.values())
-        assert [type(hook).__name__ for hook in table] == ["function", "HistoryHook", "LowRankHook", "function"]
+        assert [type(owner(hook)).__name__ for hook in table] == ["function", "HistoryHook", "LowRankHook", "function"]
     assert seen == ["before", "after"] and everything(model) == before
 
 
@@ -378,7 +379,7 @@ def test_an_older_history_that_comes_to_a_layer_later_still_acts_first() -> None
     (late,) = kept(model, ("dora",), targets="down")
     older, younger = HistoryBake(model, pairs(first)), HistoryBake(model, pairs(second))
     older.push(late, 1.0)
-    hooks = list(model.get_submodule("layers.0.down")._forward_hooks.values())
+    hooks = list(hooks_on(model.get_submodule("layers.0.down")))
     assert [h.names for h in HistoryBake.of(model)] == [["kept0", "kept0"], ["kept0"]]
     assert [hook.shared for hook in hooks] == [older._baked, younger._baked]
 
@@ -510,9 +511,9 @@ def test_a_shut_gate_costs_nothing_but_the_hook() -> None:
     stacked = pairs(kept(model, STACKS["all"]))
     HistoryBake(model, stacked, gate=lambda: False)
     for layer in model.modules():
-        for hook in (*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()):
+        for hook in hooks_on(layer):
             assert isinstance(hook, HistoryHook)
-            assert hook(layer, (X,), {}, X) is None
+            assert hook.run(layer, (X,), {}, X) is None
 
 
 def test_the_gate_is_asked_in_every_forward() -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import lora_lite as ll
 from lora_lite import attachment
+from lora_lite.hooks import owner
 from tests.models import VARIANTS, Row, attach, each_variant, llama, mlp, normal, randomise, tensors_at, token_ids
 from tests.references import assert_close, assert_differs, same_bits
 from tests.test_laws import changed, mixed_flags, snapshot
@@ -525,7 +526,7 @@ def test_hooks_of_the_user_keep_their_order_through_merging(row: Row) -> None:
         layer.register_forward_pre_hook(Noted(f"{stage}, input", seen))
         if stage == "before":
             adapter = randomise(attach(model, row))
-    order = lambda: [[type(h).__name__ for h in t.values()] for t in (layer._forward_pre_hooks, layer._forward_hooks)]  # noqa: E731
+    order = lambda: [[type(owner(h)).__name__ for h in t.values()] for t in (layer._forward_pre_hooks, layer._forward_hooks)]  # noqa: E731
     seen.clear()  # a calibration runs the model too
     want, hooks = model(X), order()
     turns = list(seen)

@@ -841,7 +841,10 @@ def test_ofts_module_dropout_drops_nothing_in_peft(tmp_path: Path) -> None:
     assert same_bits(logits(there.train()), still) and same_bits(logits(there), still)
 
 
-@pytest.mark.parametrize("name", ["lora", "ia3_both", "hra", "oft", "delora", "hira", "miss", "vera"])
+@pytest.mark.parametrize(
+    "name",
+    ["lora", "dora", "adalora", "ia3_both", "hra", "hra_gs", "oft", "oft_neumann", "road_1", "road_4", "delora", "hira", "miss", "vera"],
+)
 def test_an_adapter_of_sixteen_bits_is_the_same_there(name: str, tmp_path: Path) -> None:
     """PEFT makes float32 of its tensors: what is computed of them here must not be rounded to 16 bits on the way."""
     model, adapter = made(dataclasses.replace(CASES[name].config, dtype=torch.bfloat16))

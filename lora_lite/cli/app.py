@@ -54,7 +54,7 @@ def root(
 
 @app.command()
 def demo(
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of a causal model; left out, a tiny one is trained.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of a causal model; left out, the tiny one that is shipped.")] = None,
     pairs: Annotated[
         Path | None, typer.Option(help='JSON lines of {"prompt", "chosen", "rejected"}; left out, code against prose.')
     ] = None,
@@ -79,10 +79,9 @@ def demo(
     from lora_lite.cli.demo import Job  # transformers takes seconds to import; --help and typing mistakes should not
     from lora_lite.cli.demo import demo as run
     from lora_lite.cli.language import Recipe, Sampling
-    from lora_lite.cli.tiny_lm import Recipe as TinyRecipe
 
     job = Job(
-        config=config, out=out, model=model, pairs=pairs, device=place(device), seed=seed, tiny=TinyRecipe(seed=seed), command=typed(),
+        config=config, out=out, model=model, pairs=pairs, device=place(device), seed=seed, command=typed(),
         recipe=Recipe(steps=steps, lr=lr, cap=cap, max_completion=tokens),
         sampling=Sampling(samples=samples or (8 if model else 64), length=tokens, seed=seed),
     )  # fmt: skip

@@ -17,8 +17,7 @@ from lora_lite.cli.errors import asked_by_user
 from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, machine, need_matplotlib, respond, writing_model
 from lora_lite.cli.outputs import check_writable
 from lora_lite.cli.pairs import Contrast, code_and_prose, read_pairs
-from lora_lite.cli.tiny_lm import Recipe as TinyRecipe
-from lora_lite.cli.tiny_lm import tiny_lm
+from lora_lite.cli.tiny_lm import SHIPPED
 from lora_lite.cli.traits import Judge
 from lora_lite.steering import TrainingReport
 
@@ -30,14 +29,13 @@ MOVES = 0.2  # of a probability: a trait that moves by less has no gradual regio
 
 @dataclass(frozen=True)
 class Job:
-    """What was asked for. model None: the tiny one, trained here. pairs None: Python code against English prose."""
+    """What was asked for. model None: the tiny one that is shipped. pairs None: Python code against English prose."""
 
     config: ll.AdapterConfig
     out: Path
     model: str | None = None
     pairs: Path | None = None
     device: str = "cpu"
-    tiny: TinyRecipe = field(default_factory=TinyRecipe)
     recipe: Recipe = field(default_factory=Recipe)
     sampling: Sampling = field(default_factory=Sampling)
     seed: int = 0
@@ -55,8 +53,7 @@ def demo(job: Job) -> dict[str, Any]:
         contrasted = read_pairs(job.pairs, job.seed) if job.pairs else code_and_prose(standard_library(), job.seed)
         judge, prompts = Judge(contrasted), contrasted.prompts(8)
     with clock("model"):
-        source = job.model or str(tiny_lm(job.out.parent / "tiny-lm", standard_library(), job.tiny))
-        model, tokenizer = writing_model(source, job.device)
+        model, tokenizer = writing_model(job.model or str(SHIPPED), job.device)
     pairs, held = (ll.ContrastivePairs(part[:most]) for part, most in ((contrasted.train, seen(job)), (contrasted.held, HELD)))
     with asked_by_user("the pairs", ValueError):
         inputs = held[:8].encode(tokenizer, max_completion=32, device=model.device).inputs()

@@ -1,30 +1,35 @@
-"""Where does a language model come from on a machine with no model? It is trained here, on the standard library, and cached."""
+"""Where does a language model come from on a machine with no model? One of 1.8 MB is shipped; this made it, from the standard library.
+
+python -m lora_lite.cli.tiny_lm FOLDER      # again, from this machine's Python: some ten minutes on one core
+"""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import platform
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from loguru import logger
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_lite.cli.corpus import Corpus
+from lora_lite.cli.corpus import Corpus, standard_library
 
 END = "<|end|>"  # begins and ends every document
-FINGERPRINT = "tiny_lm.json"
+SHIPPED = Path(__file__).with_name("tiny-lm")  # a folder in Hugging Face format
+RECORD = "made.json"  # beside the weights: the recipe, the corpus's digest, and the loss it reached
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the model, with the corpus. 0.87M parameters; README.md and docs have the minutes it takes."""
+    """All that decides the model, with the corpus. 0.87M parameters."""
 
     vocab: int = 1024
     hidden: int = 128
@@ -41,33 +46,18 @@ class Recipe:
     warmup: float = 0.05
     seed: int = 0
 
-    def fingerprint(self, corpus: Corpus) -> dict[str, object]:
-        return {**asdict(self), "corpus": corpus.digest(), "format": 2}
 
-
-def tiny_lm(folder: Path, corpus: Corpus, recipe: Recipe) -> Path:
-    """The folder, with a model in it that AutoModelForCausalLM and AutoTokenizer load. Trains when the cached one is not this one."""
-    wanted = recipe.fingerprint(corpus)
-    if cached(folder).get("recipe") == wanted:
-        logger.info("tiny model: cached in {}", folder)
-        return folder
+def make(folder: Path, corpus: Corpus, recipe: Recipe) -> None:
+    """Trains the tokenizer and the model, and puts both into the folder as AutoTokenizer and AutoModelForCausalLM load them."""
     tokenizer = train_tokenizer(corpus, recipe.vocab)
     model, loss = train_model(tokenizer, corpus, recipe)
-    fresh = folder.with_name(f"{folder.name}.{os.getpid()}")  # complete or absent: an interrupted save must not look like a model
-    model.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    (fresh / FINGERPRINT).write_text(json.dumps({"recipe": wanted, "held_out_loss": loss}, indent=1))
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
-    return folder
-
-
-def cached(folder: Path) -> dict:
-    """What the cache says of itself: {} where there is none, or a damaged one."""
-    try:
-        return json.loads((folder / FINGERPRINT).read_text())
-    except (OSError, ValueError):
-        return {}
+    model.save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    # In half precision on disk; config.json still says float32, and that is what from_pretrained(dtype="auto") makes of it.
+    save_file({key: value.half() for key, value in load_file(weights).items()}, weights, {"format": "pt"})
+    tokenizer.save_pretrained(folder)
+    made = {"recipe": asdict(recipe), "corpus": corpus.digest(), "Python": platform.python_version(), "held_out_loss": loss}
+    (folder / RECORD).write_text(json.dumps(made, indent=1) + "\n")
 
 
 def train_tokenizer(corpus: Corpus, vocab: int) -> PreTrainedTokenizerFast:
@@ -151,3 +141,7 @@ def next_token_loss(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
 def held_out_loss(model: LlamaForCausalLM, streams: list[Tensor], recipe: Recipe) -> float:
     losses = [next_token_loss(model, t[: len(t) // recipe.length * recipe.length].view(-1, recipe.length)[:200]) for t in streams]
     return float(torch.stack(losses).mean())
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]), standard_library(), Recipe())

@@ -27,6 +27,7 @@ from torch import Generator, Tensor
 
 from lora_lite.config import RankedConfig
 from lora_lite.lowrank import LowRank
+from lora_lite.mixed import wide
 from lora_lite.variant import Base, Params, ParamSpec, Variant, register
 
 TRAINED = ("lora_A", "lora_B", "lora_E")  # Q, P and Lambda
@@ -97,7 +98,7 @@ class AdaLoRA(Variant):
 
     @staticmethod
     def factors(cfg: AdaLoRAConfig, p: Params, base: Base) -> LowRank:
-        return LowRank(p["lora_A"], p["lora_B"], p["lora_E"] * cfg.scaling)
+        return LowRank(p["lora_A"], p["lora_B"], wide(p["lora_E"]) * cfg.scaling)
 
     @staticmethod
     def on_step(cfg: AdaLoRAConfig, step: int, layers: Mapping[str, Params]) -> None:

@@ -25,6 +25,7 @@ from torch import Generator, Tensor
 
 from lora_lite.config import RankDropoutConfig
 from lora_lite.lowrank import LowRank
+from lora_lite.mixed import wide
 from lora_lite.variant import Base, Initial, Params, ParamSpec, Variant, register
 
 FLOOR = 1e-4  # PEFT's, on each norm
@@ -78,8 +79,7 @@ class DeLoRA(Variant):
 
     @staticmethod
     def factors(cfg: DeLoRAConfig, p: Params, base: Base) -> LowRank:
-        wide = torch.promote_types(p["lora_w"].dtype, torch.float32)  # A's product with w, and B's difference, would be rounded in 16 bits
-        p = {name: v.to(wide) for name, v in p.items()}
+        p = {name: wide(v) for name, v in p.items()}  # A's product with w, and B's difference, would be rounded in 16 bits
         w, strength = p["lora_w"], p["lora_lambda"]
         if cfg.init == "zeros":
             return LowRank(p["lora_A"] * w, p["lora_B"], gains(p["lora_A"], p["lora_B"], strength))
