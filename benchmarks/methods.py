@@ -30,7 +30,8 @@ import lora_lite as ll
 from benchmarks.__main__ import environment
 from benchmarks.measure import Setup
 from lora_lite.cli.corpus import standard_library
-from lora_lite.cli.tiny_lm import RECORD, SHIPPED, next_token_loss, stream
+from lora_lite.cli.options import SHIPPED
+from lora_lite.cli.tiny_lm import RECORD, next_token_loss, stream
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 TUNING = 1000  # the seed that learning rates are chosen on

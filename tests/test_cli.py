@@ -71,7 +71,7 @@ def test_options_become_a_job(run: Any, asked: list[demo.Job], tmp_path: Path) -
 def test_nothing_given_is_lora_on_the_tiny_model(run: Any, asked: list[demo.Job]) -> None:
     status, out, _ = run("demo")
     assert status == 0 and "P(x)" in out and "P(x) is gradual" in out
-    assert asked[0].config == ll.LoRAConfig(r=8, alpha=16.0) and asked[0].model is None and asked[0].out == Path("out/demo")
+    assert asked[0].config == ll.LoRAConfig(r=8, alpha=16.0) and asked[0].model == "tiny" and asked[0].out == Path("out/demo")
 
 
 def test_a_check_that_fails_is_exit_status_1(run: Any, asked: list[demo.Job]) -> None:

@@ -19,7 +19,7 @@ from lora_lite.cli import checks, demo, report, tiny_lm, traits
 from lora_lite.cli.corpus import Corpus, standard_library
 from lora_lite.cli.errors import UserError
 from lora_lite.cli.language import Recipe, Sampling, writing_model
-from lora_lite.cli.options import config_of
+from lora_lite.cli.options import SHIPPED, config_of
 from lora_lite.cli.pairs import Contrast, code_and_prose
 from lora_lite.steering.pairs import Pair
 
@@ -140,10 +140,10 @@ def test_the_checks_notice_what_they_are_for(small: tuple[Any, Any], tmp_path: P
 
 def test_the_shipped_model_is_small_whole_and_speaks_both_kinds() -> None:
     """What `make` wrote, as `demo` loads it: the parameters of the recipe, and near the loss that its record tells."""
-    made = json.loads((tiny_lm.SHIPPED / tiny_lm.RECORD).read_text())
+    made = json.loads((SHIPPED / tiny_lm.RECORD).read_text())
     assert made["recipe"] == dataclasses.asdict(tiny_lm.Recipe())
-    assert sum(file.stat().st_size for file in tiny_lm.SHIPPED.iterdir()) < 4e6
-    model, tokenizer = writing_model(str(tiny_lm.SHIPPED))
+    assert sum(file.stat().st_size for file in SHIPPED.iterdir()) < 4e6
+    model, tokenizer = writing_model("tiny")
     assert {p.dtype for p in model.parameters()} == {torch.float32} and len(tokenizer) == made["recipe"]["vocab"]
     held = standard_library().split()[1]
     streams = [tiny_lm.stream(tokenizer, kind[:200]) for kind in (held.prose, held.code)]

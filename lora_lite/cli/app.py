@@ -13,8 +13,10 @@ from lora_lite.cli import steering, subspace, transfer
 from lora_lite.cli.errors import asked_by_user
 from lora_lite.cli.options import (
     JSON,
+    TINY,
     Alpha,
     Band,
+    Base,
     Cap,
     Device,
     Method,
@@ -54,7 +56,7 @@ def root(
 
 @app.command()
 def demo(
-    model: Annotated[str | None, typer.Option(help="Folder or hub id of a causal model; left out, the tiny one that is shipped.")] = None,
+    model: Base = TINY,
     pairs: Annotated[
         Path | None, typer.Option(help='JSON lines of {"prompt", "chosen", "rejected"}; left out, code against prose.')
     ] = None,
@@ -83,7 +85,7 @@ def demo(
     job = Job(
         config=config, out=out, model=model, pairs=pairs, device=place(device), seed=seed, command=typed(),
         recipe=Recipe(steps=steps, lr=lr, cap=cap, max_completion=tokens),
-        sampling=Sampling(samples=samples or (8 if model else 64), length=tokens, seed=seed),
+        sampling=Sampling(samples=samples or (64 if model == TINY else 8), length=tokens, seed=seed),
     )  # fmt: skip
     speak()
     summary = run(job)

@@ -8,6 +8,7 @@ from typing import Any
 
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user, spoken
+from lora_lite.cli.options import model_at
 from lora_lite.cli.outputs import check_file, check_peft_folders
 from lora_lite.peft_format.folder import CONFIG, read_folder
 
@@ -97,11 +98,11 @@ def base(job: Conversion, architecture: Any) -> Any:
 
     assert job.model is not None
     with asked_by_user(f"--model {job.model}", OSError, ValueError, KeyError):
-        config = transformers.AutoConfig.from_pretrained(job.model)
+        config = transformers.AutoConfig.from_pretrained(model_at(job.model))
         names = [architecture, *(config.architectures or [])]
         kinds = [kind for name in names if isinstance(kind := getattr(transformers, str(name), None), type)]
         kind = next((k for k in kinds if issubclass(k, transformers.PreTrainedModel)), transformers.AutoModelForCausalLM)
-        return kind.from_pretrained(job.model).eval()
+        return kind.from_pretrained(model_at(job.model)).eval()
 
 
 def write(job: Conversion, adapter: ll.Adapter) -> dict[str, float]:

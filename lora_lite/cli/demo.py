@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,9 @@ from lora_lite.cli import checks, report
 from lora_lite.cli.corpus import standard_library
 from lora_lite.cli.errors import asked_by_user
 from lora_lite.cli.language import Clock, Recipe, Sampling, calibration, dose_rows, machine, need_matplotlib, respond, writing_model
+from lora_lite.cli.options import TINY
 from lora_lite.cli.outputs import check_writable
 from lora_lite.cli.pairs import Contrast, code_and_prose, read_pairs
-from lora_lite.cli.tiny_lm import SHIPPED
 from lora_lite.cli.traits import Judge
 from lora_lite.steering import TrainingReport
 
@@ -29,11 +30,11 @@ MOVES = 0.2  # of a probability: a trait that moves by less has no gradual regio
 
 @dataclass(frozen=True)
 class Job:
-    """What was asked for. model None: the tiny one that is shipped. pairs None: Python code against English prose."""
+    """What was asked for. pairs None: Python code against English prose."""
 
     config: ll.AdapterConfig
     out: Path
-    model: str | None = None
+    model: str = TINY
     pairs: Path | None = None
     device: str = "cpu"
     recipe: Recipe = field(default_factory=Recipe)
@@ -53,7 +54,7 @@ def demo(job: Job) -> dict[str, Any]:
         contrasted = read_pairs(job.pairs, job.seed) if job.pairs else code_and_prose(standard_library(), job.seed)
         judge, prompts = Judge(contrasted), contrasted.prompts(8)
     with clock("model"):
-        model, tokenizer = writing_model(job.model or str(SHIPPED), job.device)
+        model, tokenizer = writing_model(job.model, job.device)
     pairs, held = (ll.ContrastivePairs(part[:most]) for part, most in ((contrasted.train, seen(job)), (contrasted.held, HELD)))
     with asked_by_user("the pairs", ValueError):
         inputs = held[:8].encode(tokenizer, max_completion=32, device=model.device).inputs()
@@ -96,9 +97,10 @@ def summarise(
     job: Job, contrasted: Contrast, judge: Judge, adapter: ll.Adapter, trained: TrainingReport, response: ll.DoseResponse,
     parameters: int, kept: Mapping[str, bool], clock: Clock,
 ) -> dict[str, Any]:  # fmt: skip
-    name = job.model or "a tiny Llama trained on the Python standard library"
+    name = "a tiny Llama trained on the Python standard library" if job.model == TINY else job.model
+    words = ["lora-lite", "generate", "--model", job.model, "--adapter", str(job.out / "adapter.safetensors"), "--prompt", "The"]
     return {
-        "title": f"{job.config.variant} on {Path(name).name if job.model else name}: {contrasted.chosen} against {contrasted.rejected}",
+        "title": f"{job.config.variant} on {Path(name).name}: {contrasted.chosen} against {contrasted.rejected}",
         "ok": all(kept.values()),
         "checks": dict(kept),
         "trait": response.trait,
@@ -119,6 +121,7 @@ def summarise(
             **machine(job.device),
         },
         "command": job.command,
+        "next": shlex.join([*words, "-c", "-1", "-c", "0", "-c", "1", "--temperature", "0.8"]),
         "seconds": clock.seconds,
         "files": [str(job.out / f) for f in ("adapter.safetensors", "dose_response.png", "samples.md", "report.md", "report.json")],
     }

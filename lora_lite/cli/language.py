@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lora_lite as ll
 from lora_lite.cli.errors import UserError, asked_by_user
+from lora_lite.cli.options import model_at
 from lora_lite.cli.traits import Judge
 from lora_lite.steering import plot
 from lora_lite.steering.response import finite
@@ -75,10 +76,10 @@ def need_matplotlib() -> None:
 
 
 def language_model(source: str, device: str = "cpu", option: str = "--model") -> tuple[Any, Any]:
-    """Any causal model in Hugging Face format, and its tokenizer: a folder or a hub id."""
+    """Any causal model in Hugging Face format, and its tokenizer: a folder, a hub id, or "tiny"."""
     with asked_by_user(f"{option} {source}", OSError, ValueError, KeyError):
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(model_at(source))
+        model: Any = AutoModelForCausalLM.from_pretrained(model_at(source), dtype="auto")
         return model.to(device).eval(), tokenizer
 
 

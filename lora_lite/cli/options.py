@@ -22,7 +22,8 @@ from lora_lite.peft_format.folder import CONFIG
 from lora_lite.steering.writing import check_doses
 
 JSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Base = Annotated[str, typer.Option("--model", help="Folder or hub id of a causal model.", show_default=False)]
+TINY, SHIPPED = "tiny", Path(__file__).with_name("tiny-lm")  # the model that tiny_lm.py made, and its folder
+Base = Annotated[str, typer.Option("--model", help=f"Folder or hub id of a causal model, or {TINY}, the one shipped.", show_default=False)]
 PAIRS = 'JSON lines of {"prompt", "chosen", "rejected"}; every fifth is held out to judge by: 2 at least, tens are better.'
 Pairs = Annotated[Path, typer.Option(help=PAIRS, show_default=False)]
 Method = Annotated[str, typer.Option("--variant", help=f"The method: {', '.join(sorted(ll.REGISTRY))}.")]
@@ -44,6 +45,11 @@ Samples = Annotated[int, typer.Option(min=1, help="Texts per c, shared out among
 Heat = Annotated[float, typer.Option(min=0, help="0 writes greedily.")]
 SWEPT = "-2,-1.5,-1,-0.5,-0.25,0,0.25,0.5,1,1.5,2"
 GIVEN_OR = {"r": 8, "alpha": 16.0}  # for variants that have them
+
+
+def model_at(name: str) -> str:
+    """The folder or hub id that a --model means."""
+    return str(SHIPPED) if name == TINY and not Path(name).exists() else name
 
 
 def after_equals(text: str) -> str:

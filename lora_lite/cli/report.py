@@ -51,7 +51,8 @@ def markdown(s: Mapping[str, Any]) -> str:
         table(("what", "value"), [(k.replace("_", " "), v) for k, v in s["made"].items()]),
         "## Seconds",
         table(("step", "seconds"), [(k, f"{v:.1f}") for k, v in s["seconds"].items()]),
-        f"The same seed, versions, machine and number of threads give the same files, but for the times. Again:\n\n    {s['command']}",
+        f"The same seed, versions, machine and number of threads give the same files, but for the times. Again:\n\n    {s['command']}\n\n"
+        f"To write with the adapter at any c:\n\n    {s['next']}",
     ]
     return "\n\n".join(parts) + "\n"
 
