@@ -264,6 +264,9 @@ def register(cls: V) -> V:
 
     Registering the same file again (reached by another module path) keeps the first class and is harmless.
     """
+    if not isinstance(cls, type) or not issubclass(cls, Variant):
+        hint = "; its config goes into it, as `Config`" if isinstance(cls, type) and issubclass(cls, AdapterConfig) else ""
+        raise TypeError(f"register takes a subclass of Variant, got {cls!r}{hint}")
     known = REGISTRY.get(cls.name)
     if known is not None and (known.__qualname__ != cls.__qualname__ or not _same_file(known, cls)):
         raise ValueError(f"variant {cls.name!r} is already registered by {known.__module__}.{known.__qualname__}")

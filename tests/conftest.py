@@ -42,7 +42,8 @@ if any(name == "lora_lite" or name.startswith("lora_lite.") for name in sys.modu
     raise RuntimeError("lora_lite was imported before tests/conftest.py could install the typing hook; nothing of it would be checked")
 
 
-TYPED = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is welcome where a float is, as PEP 484 has it
+# An int is welcome where a float is, as PEP 484 has it; what is wrong is a TypeError, as jaxtyping's is.
+TYPED = beartype(conf=BeartypeConf(is_pep484_tower=True, violation_type=TypeError))
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:

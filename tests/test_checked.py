@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import TypeCheckError
 
 import lora_lite as ll
@@ -35,7 +34,7 @@ SHAPES: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_type_is_noticed(kind: str) -> None:
-    with pytest.raises((BeartypeCallHintViolation, TypeCheckError)):
+    with pytest.raises(TypeError, match="violates type hint|Type-check"):
         WRONG[kind]()
 
 

@@ -150,6 +150,12 @@ def test_a_form_that_is_not_defined_is_refused_when_the_class_is_made(form: Any)
     assert "toy" not in ll.REGISTRY
 
 
+def test_what_is_no_variant_is_refused() -> None:
+    for thing in (ToyConfig, ToyConfig(), 3):
+        with pytest.raises(TypeError, match="register takes a subclass of Variant, got" + (".*goes into it" if thing is ToyConfig else "")):
+            ll.register.__wrapped__(thing)  # type: ignore[attr-defined]  # beneath the tests' own check of types
+
+
 # -- gradients ----------------------------------------------------------------------------------------------------------
 
 

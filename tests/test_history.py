@@ -800,9 +800,9 @@ def test_what_is_refused_and_leaves_the_model_alone() -> None:
         (ValueError, "another base", [(good, 1.0), (foreign, 1.0)]),
         (RuntimeError, r"'head' also trains \['layers.2.up.bias'\]", [(good, 1.0), (head, 1.0)]),
         (ValueError, "finite", [(good, float("nan"))]),
-        (TypeError, "number or a tensor|Type-check", [(good, "much")]),
+        (TypeError, "number or a tensor|violates type hint", [(good, "much")]),
         (ValueError, "must agree", [(good, torch.ones(3)), (other, torch.ones(2))]),
-        (TypeError, "pairs|Type-check", [good]),
+        (TypeError, "pairs|violates type hint", [good]),
     ]
     for kind, message, stacked in cases:
         with pytest.raises(kind, match=message):
@@ -814,7 +814,7 @@ def test_what_is_refused_and_leaves_the_model_alone() -> None:
     before = everything(model)
     for kind, message, call in (
         (RuntimeError, "twice", lambda: history.push(live)),
-        (TypeError, "gate is None, an adapter or a callable|Type-check", lambda: history.set_gate(0.5)),  # type: ignore[arg-type]
+        (TypeError, "gate is None, an adapter or a callable|violates type hint", lambda: history.set_gate(0.5)),  # type: ignore[arg-type]
         (RuntimeError, "cannot be a gate: it is detached", lambda: history.set_gate(good)),
         (RuntimeError, "cannot be a gate: it is attached to another model", lambda: history.set_gate(attach(mlp(), VARIANTS["lora"]))),
         (IndexError, "no number 2", lambda: history.set_coeff(2, 1.0)),

@@ -90,6 +90,7 @@ UNTYPED = {
     "of(given, dtype='float16')": "ValueError dtype must be a floating torch.dtype .* got 'float16'",
     "sub.get_trainable_params('task_0', num_expand=1.5)": "ValueError num_expand must be a whole number from 0, got 1.5",
     "sub.absorb(given[0], 5)": "ValueError task ids are text, got 5",  # its file could not be read again
+    "sub.absorb('new', given[0])": "ValueError task ids are text, got an adapter, which comes first, its id after it",
     "sub.project(given[0], task_id=None)": "ValueError task ids are text, got None",
     "sub.commit(sub.get_trainable_params('task_0'), 3)": "ValueError task ids are text, got 3",
     "of(given, task_ids=['a', 1])": "ValueError task ids are text, got 1",

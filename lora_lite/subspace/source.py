@@ -85,7 +85,8 @@ class Source(Protocol):
 
 def check_id(task: object) -> None:
     if not isinstance(task, str):
-        raise ValueError(f"task ids are text, got {task!r}")
+        found = "an adapter, which comes first, its id after it" if isinstance(task, Adapter) else repr(task)
+        raise ValueError(f"task ids are text, got {found}")
 
 
 def source_of(task: str, given: Adapter | PathLike | Source) -> Source:
