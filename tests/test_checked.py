@@ -34,7 +34,7 @@ SHAPES: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_type_is_noticed(kind: str) -> None:
-    with pytest.raises(TypeError, match="violates type hint|Type-check"):
+    with pytest.raises(TypeError, match=r"violates type hint|Type-check"):
         WRONG[kind]()
 
 
