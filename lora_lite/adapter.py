@@ -402,7 +402,9 @@ class Adapter:
 
     @contextmanager
     def merged(self, c: float = 1.0) -> Iterator[Adapter]:
-        """`with adapter.merged(c=0.7): model.generate(...)`: merged for the block, restored exactly, also after an exception."""
+        """`with adapter.merged(c=0.7): model.generate(...)`: merged for the block, restored exactly, also after an exception.
+
+        At this c, whatever block of the adapter's is open around it; as for `merge`, one number."""
         self.merge(c)
         try:
             yield self

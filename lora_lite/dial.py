@@ -109,6 +109,8 @@ def check_float(c: Any) -> float:
         hint = "; for one number per row write torch.tensor(c)" if isinstance(c, list | tuple) else ""
         if c in ("auto", "-auto"):
             hint = f"; {c!r} is understood by `with adapter(model, c=...)` and `adapter.c = ...`; adapter.c then tells the number"
+        if isinstance(c, Mapping) or callable(c):
+            hint = "; a c by layer or by position is for `with adapter(model, c=...)` and `adapter.c = ...`"
         raise TypeError(f"c must be a number or a tensor, got {type(c).__name__}{hint}")
     if getattr(c, "ndim", 0):
         raise TypeError(f"c must be a number or a tensor, got {type(c).__name__}; write torch.as_tensor(c)")

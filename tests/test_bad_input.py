@@ -172,6 +172,11 @@ CALLS: dict[str, tuple[Call, type[Exception], str]] = {
     "merge per row": (lambda m, _: of_one(m).merge(torch.tensor([1.0, 2.0])), TypeError, r"one c; got one per row, shape \(2,\)"),  # type: ignore[arg-type]
     "merge at nan": (lambda m, _: of_one(m).merge(NAN), ValueError, "c must be finite, got nan"),
     "merge at inf, for a block": (lambda m, _: enter(of_one(m).merged(c=INF)), ValueError, "c must be finite, got inf"),
+    "merge at a mapping": (
+        lambda m, _: of_one(m).merge({"up": 1.0}),  # type: ignore[arg-type]
+        TypeError,
+        "c must be a number.*got dict; a c by layer or by position is for `with adapter|violates type hint",
+    ),
     "merge at True": (lambda m, _: of_one(m).merge(True), TypeError, "c must be a number.*got bool"),
     "merge detached": (lambda m, _: detached().merge(), RuntimeError, "not attached"),
     "no file": (lambda m, d: ll.load(m, d / "none.safetensors"), FileNotFoundError, "none.safetensors"),

@@ -270,7 +270,10 @@ GENERATE = ["generate", "--model", "lm", "--adapter", "absent.safetensors", "--p
     [
         ([*STEER, "--variant", "lorra"], "lorra"),
         ([*STEER, "--doses", "one"], "--doses one: expected numbers such as"),
-        ([*STEER, "--doses", "-1:1"], "--doses -1:1"),
+        (
+            [*STEER, "--doses", "-1:1"],
+            "--doses -1:1: expected numbers such as -1,0,1 or, for nine from -2 to 2, -2:2:9: from, to and how many",
+        ),
         ([*STEER, "--doses", "nan"], "--doses nan: expected numbers such as -1,0,1 or, for nine from -2 to 2, -2:2:9: c must be finite"),
         ([*STEER, "--doses", "-1:1:0"], "cs is empty"),
         (["sweep", *STEER[1:], "--adapter", "absent.safetensors", "--doses", "0,inf"], "--doses 0,inf: expected"),
@@ -286,6 +289,8 @@ GENERATE = ["generate", "--model", "lm", "--adapter", "absent.safetensors", "--p
         (GENERATE, "there is no file absent.safetensors"),
         ([*GENERATE, "-c", "much"], "-c much: expected a number, auto or -auto"),
         ([*GENERATE, "-c", "nan"], "-c nan: expected a number, auto or -auto"),
+        ([*GENERATE[:3], "--adapter", "pairs.jsonl:foo", "--prompt", "a"], "'foo' is no dose; expected a number, auto or -auto after"),
+        ([*STEER[:1], "--model", "folder", *STEER[3:]], "--model folder: this folder has no config.json"),
         ([*GENERATE, "--samples", "2"], "give a temperature"),
         ([*GENERATE, "--device", "foo"], "--device foo: nothing can be computed there; here there are cpu"),
         ([*GENERATE, "--device", "cuda:99"], "--device cuda:99: nothing can be computed there; here there are cpu"),

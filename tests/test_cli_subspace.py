@@ -66,8 +66,9 @@ def test_build_says_when_the_result_is_larger_than_what_it_was_given(run: Run, t
 
 def test_every_command_speaks_to_people_too(run: Run, given: list[ll.Adapter], tmp_path: Path) -> None:
     paths = laid_out(given, tmp_path)
-    assert "num tasks" in run("build", *paths[:4], "--out", "tasks", plain=True)[1]
-    assert "space" in run("info", "tasks", plain=True)[1]
+    ids = [word for i in range(4) for word in ("--id", f"t_{i}")]
+    assert "num tasks" in run("build", *paths[:4], *ids, "--out", "tasks", plain=True)[1]
+    assert "space" in (text := run("info", "tasks", plain=True)[1]) and "\n  t_0 " in text
     assert "covered_before" in run("add", "tasks", paths[4], plain=True)[1]
     assert "nothing is shared" in (text := run("diagnose", "tasks", *paths, plain=True)[1]) or "share directions" in text
     assert "bases are orthonormal" in run("validate", "tasks", plain=True)[1]

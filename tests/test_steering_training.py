@@ -933,3 +933,11 @@ def test_the_loop_by_hand_is_short_and_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     styles = [float(line.split("formal")[1].split(",")[0]) for line in done.stdout.splitlines() if line.startswith("c = ")]
     assert len(styles) == 5 and styles == sorted(styles) and styles[0] < -1.5 < 1.5 < styles[-1]
+
+
+def test_held_out_pairs_that_are_trained_on_are_told(model: Any, said: list[str]) -> None:
+    pairs, adapter = two_styles.contrast(6), lora(model)
+    ll.train_steering(model, adapter, pairs, validation=ll.ContrastivePairs(pairs[:2]), **FEW)
+    assert len(said) == 1 and said[0].startswith("2 of 2 held-out pairs are among those trained on too")
+    ll.train_steering(model, adapter, pairs, validation=0.5, **FEW)
+    assert len(said) == 1

@@ -835,3 +835,22 @@ def test_a_zero_adapter_among_others_is_zero_again(form: dict[str, Any], said: l
     for task in ("task_3", "later"):
         assert max(float(w.norm()) for w in updates(sub.reconstruct(task)).values()) < 1e-5
     assert not said
+
+
+def test_a_task_of_which_next_to_nothing_is_kept_is_told(said: list[str]):
+    """A share of the whole is kept: small updates in directions of their own may be gone altogether."""
+    large, small = live_family(3), live_family(2, seed=5)[1:]
+    with torch.no_grad():
+        for fields in small[0].tensors().values():
+            fields["lora_B"] *= 1e-3
+    sub = of([*large, *small], num_components=4)
+    assert (
+        relative_error(small[0], sub.reconstruct("task_3"))
+        > 0.9
+        > max(relative_error(a, sub.reconstruct(f"task_{i}")) for i, a in enumerate(large))
+    )
+    assert len(said) == 1 and said[0].startswith(
+        "1 of 4 tasks keep next to nothing here: |dW - kept| is more than 0.9 of |dW| for task_3 ("
+    )
+    of(large, num_components=4)
+    assert len(said) == 1

@@ -58,7 +58,7 @@ def generate(job: Generation) -> dict[str, Any]:
         prompts = as_prompts(list(job.prompts), tokenizer)
     texts = []
     for c in job.cs:
-        doses = [dose(adapter, own or c) for adapter, (_, own) in zip(adapters, named, strict=True)]
+        doses = [dose(adapter, path, own or c) for adapter, (path, own) in zip(adapters, named, strict=True)]
         *below, (top, last) = zip(adapters, doses, strict=True)  # the last one is live, so that a row has its own random numbers
         said = asked_by_user("--adapter", ll.CheckpointError, RuntimeError, ValueError)
         with said, ll.stack(model, below), on_model(model, top) as live:
@@ -70,7 +70,11 @@ def generate(job: Generation) -> dict[str, Any]:
 def parted(text: str) -> tuple[Path, str | None]:
     """("a.safetensors", "0.8") from "a.safetensors:0.8"; None where no dose is named."""
     path, colon, last = text.rpartition(":")
-    if not colon or Path(text).exists() or not is_dose(last):
+    if not colon or Path(text).exists():
+        return Path(text), None
+    if not is_dose(last):
+        if Path(path).exists():
+            raise UserError(f"--adapter {text}: {last!r} is no dose; expected a number, auto or -auto after the colon")
         return Path(text), None
     return Path(path), last
 
@@ -87,10 +91,12 @@ def read(path: Path, i: int) -> ll.Adapter:
         return ll.read(path, name=f"adapter_{i}")
 
 
-def dose(adapter: ll.Adapter, text: str) -> float:
+def dose(adapter: ll.Adapter, path: Path, text: str) -> float:
     """A number, or what "auto" and "-auto" stand for in this adapter's file."""
     if not text.endswith("auto"):
         return float(text)
+    if adapter.calibrated is None:
+        raise UserError(f"-c {text}: {path} does not say how far its c may go; `lora-lite steer` finds that out. Give a number")
     with asked_by_user(f"-c {text}", ValueError):
         return limit(adapter.name, adapter.calibrated, text)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ def need_matplotlib() -> None:
 
 def language_model(source: str, device: str = "cpu", option: str = "--model") -> tuple[Any, Any]:
     """Any causal model in Hugging Face format, and its tokenizer: a folder, a hub id, or "tiny"."""
+    if Path(source).is_dir() and not Path(source, "config.json").is_file():
+        raise UserError(f"{option} {source}: this folder has no config.json, so it is no model in Hugging Face format")
     with asked_by_user(f"{option} {source}", OSError, ValueError, KeyError):
         tokenizer = AutoTokenizer.from_pretrained(model_at(source))
         model: Any = AutoModelForCausalLM.from_pretrained(model_at(source), dtype="auto")

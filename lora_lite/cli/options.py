@@ -104,6 +104,8 @@ def cs_of(text: str) -> list[float]:
     with asked_by_user(f"--doses {text}: expected numbers such as -1,0,1 or, for nine from -2 to 2, -2:2:9", ValueError, RuntimeError):
         if ":" not in text:
             return check_doses([float(part) for part in text.split(",")])
+        if text.count(":") != 2:
+            raise ValueError("from, to and how many")
         low, high, n = text.split(":")
         return check_doses(torch.linspace(float(low), float(high), int(n)).tolist())
 

@@ -89,6 +89,8 @@ def build(
         raise UserError(f"--bits {bits}: it must be 8 or 4")
     if num_components is not None and budget_bytes is not None:
         raise UserError("give -k or --budget-bytes, not both: a budget chooses k itself")
+    if space is Space.flat and coefficients is not Coefficients.core:
+        raise UserError(f"--coefficients {coefficients.value} is of space feature: in flat each task keeps loadings on each side")
     check_file(f"--out {out}", out, adapters, force)
     with refusals(), progress("layers", "layer") as step:
         sub = ll.SharedSubspace.from_adapters_streaming(
@@ -324,12 +326,16 @@ def tell(found: Mapping[str, Any], as_json: bool) -> None:
     typer.echo(json.dumps(found, ensure_ascii=False, default=list) if as_json else "\n".join(lines(found)))
 
 
-def lines(found: Mapping[str, Any], depth: int = 0) -> Iterator[str]:
+BY_ID = ("error", "error_at_most", "covered_before", "folders")  # tables whose names are the tasks', which are typed as they are
+
+
+def lines(found: Mapping[str, Any], depth: int = 0, exact: bool = False) -> Iterator[str]:
     """For people: a name and its value per line, tables below their names."""
     for key, value in found.items():
         if isinstance(value, Mapping) and value:
             yield f"{'  ' * depth}{key}"
-            yield from lines(value, depth + 1)
+            yield from lines(value, depth + 1, key in BY_ID)
         else:
             shown = "-" if value is None else f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if type(value) is int else value
-            yield f"{'  ' * depth}{str(key).replace('_', ' '):{max(1, 34 - 2 * depth)}} {shown}"
+            said = key if exact else key.replace("_", " ")
+            yield f"{'  ' * depth}{said:{max(1, 34 - 2 * depth)}} {shown}"

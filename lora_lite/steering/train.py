@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -169,9 +170,18 @@ def parted(
             raise TypeError(
                 f"{name} is {type(given).__name__} {given!r:.60}; make it ll.ContrastivePairs(...), or ContrastivePairs.from_jsonl(path)"
             )
-    if validation is None or isinstance(validation, ContrastivePairs):
-        return pairs, validation or None
-    return pairs.split(validation, seed)
+    parts = (pairs, validation or None) if validation is None or isinstance(validation, ContrastivePairs) else pairs.split(validation, seed)
+    say_copies(*parts)
+    return parts
+
+
+def say_copies(train: ContrastivePairs, held: ContrastivePairs | None) -> None:
+    known = {repr(pair) for pair in train} if held else set()
+    if copies := sum(repr(pair) in known for pair in held or ()):
+        logger.warning(
+            "{} of {} held-out pairs are among those trained on too: what they say holds for those texts only; leave repeated pairs out",
+            copies, len(held or ()),
+        )  # fmt: skip
 
 
 def values(adapter: Adapter) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from lora_lite.subspace.source import Source, Update, check_finite, lora_config,
 from lora_lite.subspace.state import Layer, Missing, Policy, State
 from lora_lite.variants.lora import LoRAConfig
 
+LOST = 0.9  # of |dW|: a task that loses more is as good as gone
 Rows = tuple[Tensor, Tensor]
 
 
@@ -172,6 +173,7 @@ def build(
     if policy.budget_bytes is not None:
         state = budgeted(state, policy.budget_bytes, sources, dtype)
     say_bare(state, [s.task for s in sources])
+    say_lost(state, [s.task for s in sources])
     return dataclasses.replace(state, configs={s.task: config_of(state, s.task, s.base_config) for s in sources})
 
 
@@ -181,6 +183,20 @@ def say_bare(state: State, tasks: Sequence[str]) -> None:
         logger.warning(
             "{} of {} layers have no directions, since every adapter ({}) is zero there (B = 0: was it trained?): {}; absorb of one that "
             "is not brings some", len(bare), len(state.layers), listed(tasks), listed(bare),
+        )  # fmt: skip
+
+
+def say_lost(state: State, tasks: Sequence[str]) -> None:
+    """A share of the whole collection is kept: of a task that is small beside the others that may be nothing."""
+    energy, lost = dict.fromkeys(tasks, 0.0), dict.fromkeys(tasks, 0.0)
+    for layer in state.layers.values():
+        for task, whole, gone in zip(layer.tasks, layer.energy.tolist(), layer.lost.tolist(), strict=True):
+            energy[task] += whole
+            lost[task] += gone
+    if few := [f"{t} ({(lost[t] / energy[t]) ** 0.5:.2f})" for t in energy if lost[t] > LOST**2 * energy[t] > 0]:
+        logger.warning(
+            "{} of {} tasks keep next to nothing here: |dW - kept| is more than {} of |dW| for {}; give more directions (num_components, "
+            "variance_threshold, budget_bytes), or leave out what shares none", len(few), len(energy), LOST, listed(few),
         )  # fmt: skip
 
 
