@@ -296,7 +296,7 @@ def test_the_tail_sees_a_short_loop_that_the_mean_hides() -> None:
     logits[0, 40:46, 3] = 8.0  # six of a hundred places say 3, for certain
     mean, rmse, p95 = (ll.reference_kl(logits, reference, completion, aggregate=how).item() for how in ("mean", "rmse", "p95"))  # type: ignore[arg-type]
     assert mean < 0.3 < 1.1 < rmse < 4 < p95
-    with pytest.raises((ValueError, TypeError), match=r"no aggregate|violates type hint"):
+    with pytest.raises((ValueError, TypeError), match=r"no aggregate|Type-check"):
         ll.reference_kl(logits, reference, completion, aggregate="max")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no completion token"):
         ll.reference_kl(logits, reference, torch.zeros_like(completion))
