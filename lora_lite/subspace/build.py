@@ -190,7 +190,7 @@ def say_lost(state: State, tasks: Sequence[str]) -> None:
     """A share of the whole collection is kept: of a task that is small beside the others that may be nothing."""
     energy, lost = dict.fromkeys(tasks, 0.0), dict.fromkeys(tasks, 0.0)
     for layer in state.layers.values():
-        for task, whole, gone in zip(layer.tasks, layer.energy.tolist(), layer.lost.tolist(), strict=True):
+        for task, whole, gone in zip(layer.tasks, layer.energy.double().tolist(), layer.lost.double().tolist(), strict=True):
             energy[task] += whole
             lost[task] += gone
     if few := [f"{t} ({(lost[t] / energy[t]) ** 0.5:.2f})" for t in energy if lost[t] > LOST**2 * energy[t] > 0]:
