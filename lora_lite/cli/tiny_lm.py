@@ -1,6 +1,6 @@
 """Where does a language model come from on a machine with no model? One of 1.8 MB is shipped; this made it, from the standard library.
 
-python -m lora_lite.cli.tiny_lm FOLDER      # again, from this machine's Python: some ten minutes on one core
+python -m lora_lite.cli.tiny_lm FOLDER      # again, from this machine's Python: half an hour on one slow core
 """
 
 from __future__ import annotations
